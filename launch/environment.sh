@@ -1,0 +1,31 @@
+# Sourced by the other scripts: makes .venv from a Python 3.11 or newer and installs what is missing.
+#
+#   install EXTRAS      EXTRAS is "" or, for example, "[dev]"
+#
+# The install is repeated only when pyproject.toml, the extras or the Python changed.
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3 python3.12 python3.11; do
+    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "No Python 3.11 or newer found. Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+  return 1
+}
+
+install() {
+  local extras="$1" venv="${VENV:-.venv}" python stamp
+  python="$(find_python)"
+  stamp="$(cat pyproject.toml <("$python" --version) <(echo "$extras") | sha256sum | cut -d ' ' -f 1)"
+  if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$stamp" ]; then
+    echo "Installing jaxrl_llm$extras into $venv with $("$python" --version) ..."
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+    echo "$stamp" >"$venv/.installed"
+  fi
+  export PATH="$PWD/$venv/bin:$PATH"
+}

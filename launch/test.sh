@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: style, types, tests. Arguments go on to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source launch/environment.sh
+install "[dev]"
+ruff check .
+ruff format --check .
+mypy
+# Compiled programs are kept between runs; the tests compile many small ones.
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}"
+exec python -m pytest "$@"

@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.types import NO_ROUTE as NO_ROUTE  # for parts that see device data only
+
 Array = jax.Array
 
 

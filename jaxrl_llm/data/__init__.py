@@ -1,0 +1,1 @@
+"""From prompt files to mini-batches: datasets, tokenizers, verified rewards, collation."""

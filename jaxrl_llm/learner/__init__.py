@@ -1,0 +1,1 @@
+"""The jitted update and scoring steps, their state, and checkpoints."""

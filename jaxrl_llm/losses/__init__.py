@@ -1,0 +1,1 @@
+"""Pure loss functions: arrays in, arrays out. They never meet a model."""

@@ -1,0 +1,1 @@
+"""The Qwen3-MoE model in Flax NNX, with explicit router outputs and a seam for replayed routes."""

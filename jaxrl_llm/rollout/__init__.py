@@ -1,0 +1,1 @@
+"""Inference engines behind one protocol, and the buffer of finished groups."""

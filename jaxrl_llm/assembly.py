@@ -1,0 +1,248 @@
+"""From a RunConfig to the parts of a job, and from its run directory to where it had got.
+
+What it is: Job, everything that is made once and never changes; Progress, everything that changes
+and is therefore in a checkpoint; resume() and save() between the two. What it is not: the order in
+which the parts are used, which is loop.py.
+
+All randomness is a function of (seed, purpose, counters), so a checkpoint needs no generator state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl_llm.arrays import TrainBatch
+from jaxrl_llm.config import RunConfig, differences, read_config, to_json
+from jaxrl_llm.data.prompts import PromptSource, load_prompts
+from jaxrl_llm.data.rewards import Verifier
+from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
+from jaxrl_llm.learner.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    Checkpoints,
+    restore,
+)
+from jaxrl_llm.learner.sft import make_sft_step
+from jaxrl_llm.learner.state import (
+    Optimizer,
+    TrainState,
+    abstract_state,
+    fresh_optimizer_state,
+    init_state,
+    make_optimizer,
+)
+from jaxrl_llm.learner.step import ScoreStep, TrainStep, make_score_step, make_train_step
+from jaxrl_llm.model.transformer import Params
+from jaxrl_llm.rollout.buffer import RolloutBuffer
+from jaxrl_llm.rollout.engine import Engine
+from jaxrl_llm.rollout.local import LocalEngine
+from jaxrl_llm.runlog import RunWriter
+from jaxrl_llm.sharding import batch_sharding, make_mesh
+from jaxrl_llm.types import SamplingParams
+
+CHECKPOINTS, REFERENCE = "checkpoints", "reference"
+"""Folders of a run directory: its checkpoints, and the policy that a KL penalty refers to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """All that changes while a job runs."""
+
+    step: int  # finished steps, those of the cold start included
+    cursor: int  # prompts drawn from the training split
+    state: TrainState  # parameters and optimizer, on the devices
+    buffer: RolloutBuffer  # finished groups that no update has used
+    reference: Params | None  # the policy RL started from; None if the loss has no KL penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The compiled steps of the learner."""
+
+    sft: TrainStep
+    train: TrainStep
+    score: ScoreStep
+    score_reference: ScoreStep  # as score, with its own routing whatever is replayed
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that is made once."""
+
+    config: RunConfig
+    mesh: Mesh
+    tokenizer: Tokenizer
+    train: PromptSource
+    heldout: PromptSource
+    verifier: Verifier
+    engine: Engine
+    cold_optimizer: Optimizer
+    optimizer: Optimizer
+    steps: Steps
+    checkpoints: Checkpoints
+    log: RunWriter
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole run."""
+        return self.config.cold_start.steps + self.config.steps
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """Of rollouts and evaluation."""
+        return self.config.rollout.sampling(self.tokenizer.stop_token_ids)
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row, S."""
+        return self.config.learner.row_length or self.config.rollout.engine.max_length - 1
+
+    def version(self, progress: Progress) -> int:
+        """The weight version: finished RL steps."""
+        return progress.step - self.config.cold_start.steps
+
+    def seed(self, purpose: str, *counters: int) -> int:
+        """A seed below 2^63, different for every purpose and counters."""
+        entropy = (self.config.seed, zlib.crc32(purpose.encode()), *counters)
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+    def rows(self, needed: int) -> int:
+        """`needed` rows and those of padding that let them divide into micro-batches on devices."""
+        mesh, learner = self.config.learner.mesh, self.config.learner
+        multiple = mesh.data * mesh.fsdp * learner.micro_batches
+        return -(-needed // multiple) * multiple
+
+    def to_devices(self, batch: TrainBatch) -> TrainBatch:
+        """The batch with its rows split over the mesh."""
+        return jax.device_put(batch, batch_sharding(self.mesh))
+
+    def publish(self, progress: Progress) -> None:
+        """Hand the current weights to the engine."""
+        self.engine.publish(progress.state.params, self.version(progress))
+
+
+def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
+    """Make the parts; `stack` closes those that hold files or processes.
+
+    Raises ValueError where the config contradicts the data, the tokenizer or the run directory.
+    """
+    tokenizer = make_tokenizer(config.task.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
+            f"{tokenizer.vocab_size} ids; raise model.vocab_size"
+        )
+    _check_directory(config)
+    train, heldout = (
+        load_prompts(config.task.data, tokenizer, split) for split in ("train", "heldout")
+    )
+    mesh = make_mesh(config.learner.mesh)
+    learner = config.learner
+    cold_optimizer = make_optimizer(config.cold_start.optimizer, config.cold_start.steps)
+    optimizer = make_optimizer(learner.optimizer, config.steps * learner.mini_batches)
+    engine = LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
+    stack.callback(engine.close)
+    log = stack.enter_context(RunWriter(config.directory, config.log))
+    log.write_config(to_json(config))
+    return Job(
+        config=config,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        train=train,
+        heldout=heldout,
+        verifier=stack.enter_context(Verifier(config.task.reward)),
+        engine=engine,
+        cold_optimizer=cold_optimizer,
+        optimizer=optimizer,
+        steps=_steps(config, cold_optimizer, optimizer, mesh),
+        checkpoints=stack.enter_context(
+            Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
+        ),
+        log=log,
+    )
+
+
+def _steps(config: RunConfig, cold_optimizer: Optimizer, optimizer: Optimizer, mesh: Mesh) -> Steps:
+    model, learner, temperature = config.model, config.learner, config.rollout.temperature
+    natural = dataclasses.replace(learner, mini_batches=1, replay="none")
+    return Steps(
+        sft=make_sft_step(model, learner, config.loss, cold_optimizer, mesh),
+        train=make_train_step(
+            model, learner, config.loss, optimizer, mesh, temperature=temperature
+        ),
+        score=make_score_step(model, learner, mesh, temperature=temperature),
+        score_reference=make_score_step(model, natural, mesh, temperature=temperature),
+    )
+
+
+def resume(job: Job) -> Progress:
+    """Where the run in job.config.directory had got, or its beginning if there is none."""
+    config = job.config
+    abstract = abstract_state(config.model, job.optimizer, job.mesh)
+    checkpoint = restore(config.directory / CHECKPOINTS, abstract)
+    job.log.resume(None if checkpoint is None else checkpoint.step)
+    if checkpoint is None:
+        return _begin(job)
+    reference = None
+    if config.loss.kl_coefficient and checkpoint.step >= config.cold_start.steps:
+        kept = restore(config.directory / REFERENCE, abstract)
+        if kept is None:
+            raise CheckpointError(
+                f"{config.directory / REFERENCE} is gone, and loss.kl_coefficient needs the "
+                "policy in it; restore the folder, or use another run directory"
+            )
+        reference = kept.state.params
+    return Progress(
+        step=checkpoint.step,
+        cursor=checkpoint.host["cursor"],
+        state=checkpoint.state,
+        buffer=RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"]),
+        reference=reference,
+    )
+
+
+def _begin(job: Job) -> Progress:
+    config = job.config
+    state = init_state(
+        config.model, job.cold_optimizer, job.mesh, jax.random.key(job.seed("weights") % 2**32)
+    )
+    progress = Progress(0, 0, state, RolloutBuffer(config.rollout.buffer), None)
+    return progress if config.cold_start.steps else start_rl(job, progress)
+
+
+def start_rl(job: Job, progress: Progress) -> Progress:
+    """The end of the cold start: RL's own optimizer and, for a KL penalty, the reference."""
+    state = fresh_optimizer_state(progress.state, job.optimizer)
+    reference = None
+    if job.config.loss.kl_coefficient:
+        # Copied, because the train step donates its own parameters.
+        reference = jax.tree.map(jnp.copy, state.params)
+        with Checkpoints(job.config.directory / REFERENCE, CheckpointConfig(keep_last=1)) as kept:
+            kept.save(progress.step, state, {})
+    return dataclasses.replace(progress, state=state, reference=reference)
+
+
+def save(job: Job, progress: Progress) -> None:
+    """Start a checkpoint of the progress; the loop goes on meanwhile."""
+    host = {"cursor": progress.cursor, "buffer": progress.buffer.to_json()}
+    job.checkpoints.save(progress.step, progress.state, host)
+
+
+def _check_directory(config: RunConfig) -> None:
+    """ValueError if the run directory holds another experiment, naming the settings that differ."""
+    path = config.directory / "config.json"
+    if not path.exists():
+        return
+    other = differences(read_config(path), config)
+    if other:
+        raise ValueError(
+            f"{config.directory} holds a run with other settings ({'; '.join(other)}): to start a "
+            "new run choose another --run-dir, to go on with this one use its settings"
+        )

@@ -1,0 +1,206 @@
+"""RunConfig: all settings of a run, nested from the parts' own configs.
+
+What it is: the one tree of frozen dataclasses behind configs/*.py, the command line and
+config.json, and the place where settings of different parts are checked against each other. What it
+is not: defaults for an experiment; those live in configs/, one file each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import cattrs
+
+from jaxrl_llm.data.prompts import DataConfig
+from jaxrl_llm.data.rewards import RewardConfig
+from jaxrl_llm.data.tokenizer import TokenizerConfig
+from jaxrl_llm.evaluate import EvaluationConfig
+from jaxrl_llm.learner.checkpoint import CheckpointConfig
+from jaxrl_llm.learner.state import OptimizerConfig
+from jaxrl_llm.learner.step import LearnerConfig
+from jaxrl_llm.losses.policy import LossConfig
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.rollout.buffer import BufferConfig
+from jaxrl_llm.rollout.local import LocalEngineConfig
+from jaxrl_llm.runlog import RunLogConfig
+from jaxrl_llm.types import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """What is asked and how an answer is judged."""
+
+    data: DataConfig  # prompts and their splits
+    tokenizer: TokenizerConfig = TokenizerConfig()  # text to token ids
+    reward: RewardConfig = RewardConfig()  # the verifier
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How a rollout batch is sampled."""
+
+    groups: int = 32  # prompts in a rollout batch, G
+    samples: int = 8  # responses to each prompt, N
+    max_new_tokens: int = 256  # longest response, stop token included
+    temperature: float = 1.0  # of sampling; the learner scores at the same one
+    top_p: float = 1.0  # nucleus; 1 keeps all tokens
+    top_k: int = 0  # likeliest tokens kept; 0 keeps all
+    # Rollout batches sampled ahead of the learner: max_staleness 1 trains on what the previous
+    # weights sampled, 0 on what the current ones did.
+    buffer: BufferConfig = BufferConfig()
+    engine: LocalEngineConfig = LocalEngineConfig()  # the in-process engine
+
+    def __post_init__(self) -> None:
+        for name, least in (("groups", 1), ("samples", 2)):
+            value = dataclasses.asdict(self)[name]
+            if value < least:
+                raise ValueError(f"rollout.{name} is {value}; it must be at least {least}")
+        if self.temperature == 0:
+            raise ValueError(
+                "rollout.temperature is 0: greedy rollouts are all equal and have no gradient; "
+                "use a positive temperature"
+            )
+        self.sampling(())
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        """The sampling settings of a request."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStartConfig:
+    """Supervised training on demonstrations before RL."""
+
+    steps: int = 0  # updates; 0 starts RL from the initial weights
+    batch: int = 64  # demonstrations per update
+    # Probability that a scratch digit of a demonstration is wrong. It keeps sampled accuracy low
+    # while greedy accuracy is high: the skill is there for RL to sharpen.
+    corrupted_share: float = 0.0
+    optimizer: OptimizerConfig = OptimizerConfig()  # of the cold start; RL has its own
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 1:
+            raise ValueError(
+                f"cold_start.steps is {self.steps} and cold_start.batch {self.batch}; "
+                "they must be at least 0 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole experiment."""
+
+    steps: int  # RL steps: rollout batches learned from
+    model: ModelConfig  # the architecture
+    task: TaskConfig  # prompts, tokenizer, reward
+    rollout: RolloutConfig  # sampling
+    learner: LearnerConfig  # updates
+    run_dir: str = "runs/{seed}"  # where everything is written; {seed} is filled in
+    seed: int = 0  # of weights, data order, sampling and evaluation
+    loss: LossConfig = LossConfig()  # the objective
+    cold_start: ColdStartConfig = ColdStartConfig()  # supervised start
+    evaluation: EvaluationConfig = EvaluationConfig()  # on the held-out split
+    checkpoint: CheckpointConfig = CheckpointConfig()  # what is saved and kept
+    log: RunLogConfig = RunLogConfig()  # what the run leaves to read
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return Path(self.run_dir.replace("{seed}", str(self.seed)))
+
+
+def _check(config: RunConfig) -> None:
+    """Contradictions between parts, each with its remedy."""
+    rollout, learner, loss = config.rollout, config.learner, config.loss
+    if config.steps < 0:
+        raise ValueError(f"steps is {config.steps}; it must be at least 0")
+    if rollout.groups % learner.mini_batches:
+        raise ValueError(
+            f"rollout.groups is {rollout.groups}, which does not split into learner.mini_batches "
+            f"= {learner.mini_batches} equal parts; change one of them"
+        )
+    if 0 < learner.row_length < rollout.engine.max_length - 1:
+        raise ValueError(
+            f"learner.row_length is {learner.row_length}, too short for the longest sequence of "
+            f"rollout.engine.max_length = {rollout.engine.max_length} tokens; make it at least "
+            f"{rollout.engine.max_length - 1}, or 0"
+        )
+    if learner.old_logprobs == "none" and learner.mini_batches > 1 and _reads_old(loss):
+        raise ValueError(
+            f"learner.old_logprobs is 'none' with learner.mini_batches = {learner.mini_batches}: "
+            "after the first update pi_old is no longer the current policy, and the loss reads it "
+            f"(loss.clip_anchor {loss.clip_anchor!r}, loss.importance {loss.importance!r}); set "
+            "learner.old_logprobs to 'score', or anchor both on the sampler"
+        )
+
+
+def _reads_old(loss: LossConfig) -> bool:
+    return loss.clip_anchor == "old" or loss.importance in ("mismatch", "staleness")
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The config as plain JSON values; inverse of from_json."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def from_json(values: dict[str, Any]) -> RunConfig:
+    """Inverse of to_json. ValueError naming every unknown, missing or invalid field."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    try:
+        return converter.structure(values, RunConfig)
+    except cattrs.BaseValidationError as error:
+        problems = cattrs.transform_error(error, path="config", format_exception=_explain)
+        raise ValueError("; ".join(problems)) from error
+
+
+def _explain(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return cattrs.v.format_exception(error, kind)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config.json of a run directory; ValueError naming the file and what is wrong in it."""
+    try:
+        return from_json(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as the settings of a run: {error}") from error
+
+
+def load_config(path: Path) -> RunConfig:
+    """What get_config() of a Python file returns; ValueError if there is no such thing."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give a config such as configs/quickstart.py")
+    namespace = runpy.run_path(str(path))
+    if "get_config" not in namespace:
+        raise ValueError(f"{path} defines no get_config(); see configs/quickstart.py for one")
+    config = namespace["get_config"]()
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"get_config() of {path} returned {type(config).__name__}, no RunConfig")
+    return config
+
+
+def differences(left: RunConfig, right: RunConfig) -> list[str]:
+    """Dotted names of settings that differ, with both values; run_dir is no setting."""
+
+    def walk(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            names = sorted(a.keys() | b.keys())
+            return [line for n in names for line in walk(a.get(n), b.get(n), f"{path}.{n}")]
+        return [] if a == b else [f"{path.removeprefix('.')}: {a!r} != {b!r}"]
+
+    a, b = (dict(to_json(config), run_dir="") for config in (left, right))
+    return walk(a, b, "")

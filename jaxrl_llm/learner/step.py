@@ -1,0 +1,285 @@
+"""The jitted steps of RL: score a rollout batch, then update on each of its mini-batches.
+
+What it is: the one place where model, loss, routing replay and optimizer meet. Which factor of
+PAPER.md eq. 8 uses which experts is decided here and nowhere else:
+
+    replay   pi_old (score step)        pi (train step)
+    none     its own routing            its own routing
+    r2       its own routing            the experts of pi_old, which prepare() hands over
+    r3       the sampler's experts      the sampler's experts
+
+What it is not: the maths of the loss (losses/) or the loop over mini-batches (loop.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_llm.arrays import Array, LossOutput, Mean, RouterOutput, TrainBatch
+from jaxrl_llm.learner.state import (
+    Optimizer,
+    OptimizerConfig,
+    TrainState,
+    abstract_params,
+    abstract_state,
+    shardings_of,
+)
+from jaxrl_llm.learner.update import (
+    accumulate_gradients,
+    apply_gradients,
+    split_rows,
+)
+from jaxrl_llm.losses.advantages import AdvantageConfig
+from jaxrl_llm.losses.diagnostics import masked_mean, replay_coverage, route_agreement
+from jaxrl_llm.losses.kl import k1, k3
+from jaxrl_llm.losses.policy import LossConfig, policy_loss
+from jaxrl_llm.losses.router import expert_load, router_loss
+from jaxrl_llm.losses.weights import token_weights
+from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.logprobs import token_logprobs
+from jaxrl_llm.model.transformer import Params, make_forward, unembed
+from jaxrl_llm.sharding import MeshConfig, batch_sharding
+
+Replay = Literal["none", "r2", "r3"]
+TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Mean]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """How the learner turns a rollout batch into updates."""
+
+    mini_batches: int = 1  # updates per rollout batch, the paper's N; 1 is on-policy
+    micro_batches: int = 1  # parts of a mini-batch computed one after another, to save memory
+    replay: Replay = "none"  # routing replay: r2 the learner's old routes, r3 the sampler's
+    # Where pi_old comes from: a scoring pass before the first update, or none: then pi_old is the
+    # current policy, which is exact only for the first mini-batch.
+    old_logprobs: Literal["score", "none"] = "score"
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)  # from rewards of a group
+    row_length: int = 0  # positions of a row, S; 0: just enough for the engine's longest sequence
+    pack: bool = False  # several responses in a row, to waste less of it on padding
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # of the RL updates
+    compute: ComputeConfig = field(default_factory=ComputeConfig)  # how a pass is computed
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis
+
+    def __post_init__(self) -> None:
+        for name in ("mini_batches", "micro_batches"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"learner.{name} is {vars(self)[name]}; it must be at least 1")
+        if self.replay == "r2" and self.old_logprobs == "none":
+            raise ValueError(
+                "learner.replay r2 replays the routes of the scoring pass, and "
+                "learner.old_logprobs none leaves that out; set old_logprobs to score"
+            )
+        if self.replay == "r2" and self.mini_batches == 1:
+            raise ValueError(
+                "learner.replay r2 changes nothing with learner.mini_batches 1: the only update "
+                "starts at the old weights, whose routes are its own; set mini_batches to 2 or "
+                "more, or replay to none or r3"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoreOutput:
+    """What the policy says about a batch at the weights an update starts from."""
+
+    logprobs: Array  # f32[B, S], pi_old of the targets, nats
+    entropy: Array  # f32[B, S], of pi_old, nats
+    routes: Array  # int16[B, S, L, K], experts this pass used
+    metrics: dict[str, Mean]
+
+
+ScoreStep = Callable[[Params, TrainBatch], ScoreOutput]
+
+
+class Policy(NamedTuple):
+    """One forward pass of the policy over a batch."""
+
+    logprobs: Array  # f32[B, S], of the targets
+    entropy: Array  # f32[B, S]
+    router: RouterOutput  # fields [L, B, S, ...]
+
+
+def make_policy(
+    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, temperature: float
+) -> Callable[[Params, TrainBatch, Array | None], Policy]:
+    """The pure function policy(params, batch, routes) -> Policy; routes are replayed, or None."""
+    forward = make_forward(model, compute, mesh)
+
+    def policy(params: Params, batch: TrainBatch, routes: Array | None) -> Policy:
+        output = forward(params, batch.inputs, batch.positions, batch.segment_ids, routes)
+        logprobs, entropy = token_logprobs(
+            output.hidden,
+            unembed(params, model),
+            batch.targets,
+            temperature=temperature,
+            chunk=compute.logprob_chunk,
+        )
+        return Policy(logprobs, entropy, output.router)
+
+    return policy
+
+
+def make_score_step(
+    model: ModelConfig, learner: LearnerConfig, mesh: Mesh, *, temperature: float
+) -> ScoreStep:
+    """The jitted score(params, batch) -> ScoreOutput; run it before the first update of a batch.
+
+    Under r3 it replays batch.routes, the sampler's; otherwise it routes by itself. The metrics
+    compare the sampler with pi_old on sampled tokens: policy/kl_sampler_old, its k3 estimate, and
+    routing/agreement if the batch has the sampler's routes.
+    """
+    policy = make_policy(model, learner.compute, mesh, temperature=temperature)
+
+    def score(params: Params, batch: TrainBatch) -> ScoreOutput:
+        routes = _routes_to_replay(batch, "r3" if learner.replay == "r3" else "none")
+        logprobs, entropy, router = policy(params, batch, routes)
+        mask, sampler = batch.loss_mask, batch.sampler_logprobs
+        metrics = {
+            "policy/kl_sampler_old": masked_mean(k1(sampler, logprobs, mask), mask),
+            "policy/kl_sampler_old_k3": masked_mean(k3(sampler, logprobs, mask), mask),
+        }
+        if batch.routes is not None:
+            metrics["routing/agreement"] = route_agreement(router.logits, batch.routes, mask)
+        used = jnp.moveaxis(router.experts, 0, 2).astype(jnp.int16)
+        return ScoreOutput(logprobs, entropy, used, metrics)
+
+    rows = batch_sharding(mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        score,
+        in_shardings=(shardings_of(abstract_params(model, mesh)), rows),
+        out_shardings=ScoreOutput(rows, rows, rows, everywhere),  # type: ignore[arg-type]
+    )
+
+
+def prepare(batch: TrainBatch, score: ScoreOutput, replay: Replay) -> TrainBatch:
+    """The batch with pi_old, and under r2 with pi_old's routes in place of the sampler's."""
+    routes = score.routes if replay == "r2" else batch.routes
+    return dataclasses.replace(batch, old_logprobs=score.logprobs, routes=routes)
+
+
+def make_train_step(
+    model: ModelConfig,
+    learner: LearnerConfig,
+    loss: LossConfig,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    *,
+    temperature: float,
+) -> TrainStep:
+    """The jitted train(state, batch) -> (state, metrics): one update on one mini-batch.
+
+    `state` is donated: its arrays are gone after the call. `batch` comes from prepare(), or as
+    collated where learner.old_logprobs is none. Its rows must divide into micro_batches, and those
+    of each over the data and fsdp devices. Raises ValueError, while tracing, for a batch that lacks
+    what the settings read.
+    """
+    gradient = make_gradient(model, learner, loss, mesh, temperature=temperature)
+
+    def train(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Mean]]:
+        grads, output = gradient(state.params, batch)
+        state, metrics = apply_gradients(state, grads, output.loss, optimizer)
+        return state, output.metrics | metrics
+
+    return jit_update(train, model, optimizer, mesh)
+
+
+def jit_update(
+    update: TrainStep, model: ModelConfig, optimizer: Optimizer, mesh: Mesh
+) -> TrainStep:
+    """jax.jit of an update over the mesh, its state donated."""
+    state = shardings_of(abstract_state(model, optimizer, mesh))
+    return jax.jit(
+        update,
+        in_shardings=(state, batch_sharding(mesh)),
+        out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
+        donate_argnums=0,
+    )
+
+
+Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
+
+
+class _Part(NamedTuple):
+    """A micro-batch and its token weights, which were computed on the whole mini-batch."""
+
+    batch: TrainBatch
+    weights: Array  # f32[B, S], of the policy loss, by the averaging rule
+    router_weights: Array  # f32[B, S], of the router losses: all real tokens alike, sum 1
+
+
+def make_gradient(
+    model: ModelConfig, learner: LearnerConfig, loss: LossConfig, mesh: Mesh, *, temperature: float
+) -> Gradient:
+    """The pure function gradient(params, batch) -> (gradient, LossOutput) of one mini-batch.
+
+    It is the same, to rounding, for any number of micro-batches. Metrics are those of policy_loss
+    and router_loss, routing/replay_coverage, and routing/agreement if no scoring pass reports it.
+    """
+    policy = make_policy(model, learner.compute, mesh, temperature=temperature)
+
+    def run(params: Params, batch: TrainBatch) -> tuple[Policy, Array | None]:
+        routes = _routes_to_replay(batch, learner.replay)
+        return policy(params, batch, routes), routes
+
+    def load(params: Params, part: _Part) -> Array:
+        experts = run(params, part.batch)[0].router.experts
+        return expert_load(experts, part.router_weights, num_experts=model.moe.num_experts)
+
+    def objective(params: Params, part: _Part, *, whole_load: Array | None) -> LossOutput:
+        batch = part.batch
+        (logprobs, entropy, router), routes = run(params, batch)
+        main = policy_loss(logprobs, entropy, batch, part.weights, loss)
+        side = router_loss(
+            router,
+            part.router_weights,
+            z_coefficient=loss.router_z_coefficient,
+            balance_coefficient=loss.router_balance_coefficient,
+            load=whole_load,
+        )
+        metrics = main.metrics | side.metrics
+        coverage = replay_coverage(router.experts, routes, batch.loss_mask)
+        metrics["routing/replay_coverage"] = coverage
+        if learner.old_logprobs == "none" and batch.routes is not None:
+            agreement = route_agreement(router.logits, batch.routes, batch.loss_mask)
+            metrics["routing/agreement"] = agreement
+        return LossOutput(main.loss + side.loss, metrics)
+
+    def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
+        if learner.old_logprobs == "score" and batch.old_logprobs is None:
+            raise ValueError(
+                "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "
+                "prepare() returns"
+            )
+        segments = batch.segment_ids
+        weights = token_weights(batch.loss_mask, segments, per=loss.averaging)
+        router_weights = token_weights(segments > 0, segments, per="token")
+        parts = split_rows(_Part(batch, weights, router_weights), learner.micro_batches)
+        whole_load = None
+        if loss.router_balance_coefficient and learner.micro_batches > 1:
+            # The balance loss is no sum over tokens; with the load of all of them it becomes one.
+            loads = jax.lax.map(partial(load, params), parts)
+            whole_load = jnp.sum(loads, axis=0)
+        return accumulate_gradients(partial(objective, whole_load=whole_load), params, parts)
+
+    return gradient
+
+
+def _routes_to_replay(batch: TrainBatch, replay: Replay) -> Array | None:
+    if replay == "none":
+        return None
+    if batch.routes is None:
+        raise ValueError(
+            f"learner.replay is {replay} but the batch has no routes: for r3 the inference engine "
+            "must report them, for r2 the batch must come from prepare()"
+        )
+    return batch.routes

@@ -1,0 +1,80 @@
+"""Gradients of any objective in micro-batches, and one optimizer update with them.
+
+Shared by RL (step.py) and the supervised cold start (sft.py). An objective is a sum over tokens
+whose weights were computed on the whole mini-batch, so micro-batches add up to it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_llm.arrays import Array, LossOutput, Mean
+from jaxrl_llm.learner.state import Optimizer, TrainState
+from jaxrl_llm.model.transformer import Params
+
+Objective = Callable[[Params, Any], LossOutput]
+
+
+def split_rows(tree: Any, micro_batches: int) -> Any:
+    """Leaves [B, ...] to [micro_batches, B / micro_batches, ...], a row of every device at a time.
+
+    Micro-batch m takes rows m, m + micro_batches, ...: each is spread over the devices as the whole
+    batch was, and nothing moves between them. Raises ValueError where the rows do not divide.
+    """
+
+    def one(leaf: Array) -> Array:
+        rows = leaf.shape[0]
+        if rows % micro_batches:
+            raise ValueError(
+                f"a mini-batch of {rows} rows does not divide into micro_batches = "
+                f"{micro_batches}; change one of them"
+            )
+        parts = leaf.reshape(rows // micro_batches, micro_batches, *leaf.shape[1:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    return jax.tree.map(one, tree)
+
+
+def accumulate_gradients(
+    objective: Objective, params: Params, parts: Any
+) -> tuple[Params, LossOutput]:
+    """Gradient, loss and metrics of an objective summed over parts.
+
+    Args:
+      objective: (params, part) -> LossOutput.
+      params: differentiated, float32; so are the sums.
+      parts: what split_rows returns; one micro-batch is in memory at a time.
+    """
+
+    def loss(params: Params, part: Any) -> tuple[Array, dict[str, Mean]]:
+        output = objective(params, part)
+        return output.loss, output.metrics
+
+    def add(total: Params, part: Any) -> tuple[Params, LossOutput]:
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, gradient), LossOutput(value, metrics)
+
+    gradient, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    return gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
+
+
+def apply_gradients(
+    state: TrainState, gradient: Params, loss: Array, optimizer: Optimizer
+) -> tuple[TrainState, dict[str, Mean]]:
+    """The next state and the learner/* metrics of the update."""
+    updates, opt_state = optimizer.transform.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    values = {
+        "learner/loss": loss,
+        "learner/grad_norm": optax.tree.norm(gradient),
+        "learner/update_norm": optax.tree.norm(updates),
+        "learner/learning_rate": jnp.asarray(optimizer.schedule(state.step), jnp.float32),
+    }
+    one = jnp.ones((), jnp.float32)
+    metrics = {name: Mean(value, one) for name, value in values.items()}
+    return TrainState(state.step + 1, params, opt_state), metrics

@@ -1,0 +1,326 @@
+"""The job: cold start, then sample, verify, score, update, publish; as a generator of StepRecord.
+
+What it is: the order of things, top to bottom. `for record in run(config)` is the whole experiment;
+the command line only adds a progress bar. What it is not: the method (losses/, learner/step.py),
+the sampling (rollout/) or the making and the checkpoints of the parts (assembly.py).
+
+One RL step with the weights of version v:
+
+    prompts -> rollouts (engine) -> rewards (verifier) -> group advantages -> N mini-batches
+    -> old log-probabilities and routes (score) -> N updates (train) -> publish version v + 1
+
+A record is yielded once it is in the run log, and a step's checkpoint is made after its records. So
+a notebook can stop after any record, and the same call goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jaxrl_llm.arrays import Mean, TrainBatch
+from jaxrl_llm.assembly import Job, Progress, assemble, resume, save, start_rl
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.data.collate import collate, collate_demonstrations, rows_needed
+from jaxrl_llm.data.demonstrations import make_demonstrations
+from jaxrl_llm.data.prompts import prompt_indices
+from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.learner.step import prepare
+from jaxrl_llm.losses.advantages import group_advantages
+from jaxrl_llm.rollout.buffer import GroupAssembler
+from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.rollout.statistics import group_metrics
+from jaxrl_llm.runlog import METRICS, StepRecord
+from jaxrl_llm.types import Group, Rollout
+
+Timings = dict[str, float]
+Metrics = dict[str, Mean]
+
+MAX_REFILLS = 4
+"""Attempts to fill a rollout batch whose requests fail, before the run stops with an error."""
+
+
+def run(config: RunConfig) -> Iterator[StepRecord]:
+    """Run the experiment, or go on with the one in config.directory; yields every record.
+
+    Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a
+    directory that holds another experiment, and CheckpointError for a damaged checkpoint.
+    """
+    with contextlib.ExitStack() as stack:
+        job = assemble(config, stack)
+        for records, progress in _steps(job, resume(job)):
+            for record in records:
+                job.log.write(record)
+            if job.checkpoints.due(progress.step):
+                save(job, progress)
+            try:
+                yield from records
+            except GeneratorExit:
+                save(job, progress)
+                raise
+        save(job, progress)
+
+
+def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
+    """All steps still to do, each with its records and the progress after it."""
+    cold_steps = job.config.cold_start.steps
+    while progress.step < cold_steps:
+        record, progress = _cold_start_step(job, progress)
+        if progress.step < cold_steps:
+            yield [record], progress
+        else:
+            progress = start_rl(job, progress)
+            job.publish(progress)
+            yield [record, *_evaluation(job, progress)], progress
+    job.publish(progress)
+    if not cold_steps and not progress.step:
+        yield _evaluation(job, progress), progress
+    while progress.step < cold_steps + job.config.steps:
+        record, progress = _rl_step(job, progress)
+        yield [record, *_evaluation(job, progress)], progress
+
+
+def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
+    """One supervised update on demonstrations."""
+    config = job.config.cold_start
+    timings: Timings = {}
+    start = time.perf_counter()
+    indices = prompt_indices(len(job.train), progress.cursor, config.batch, job.config.seed)
+    demonstrations = make_demonstrations(
+        [job.train[int(index)] for index in indices],
+        job.tokenizer,
+        corrupted_share=config.corrupted_share,
+        seed=job.seed("demonstrations", progress.cursor),
+    )
+    batch = collate_demonstrations(
+        demonstrations,
+        rows=job.rows(config.batch),
+        length=job.row_length,
+        pack=False,
+    )
+    with _timed(timings, "seconds/update"):
+        state, metrics = job.steps.sft(progress.state, job.to_devices(batch))
+        values = _values([metrics])
+    timings["rate/learner_tokens_per_second"] = _tokens([batch]) / timings["seconds/update"]
+    timings["seconds/step"] = time.perf_counter() - start
+    after = dataclasses.replace(
+        progress, step=progress.step + 1, cursor=progress.cursor + config.batch, state=state
+    )
+    return StepRecord("sft", after.step, values, timings), after
+
+
+def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
+    """One rollout batch and the updates made from it."""
+    timings: Timings = {}
+    start = time.perf_counter()
+    progress, counts = _fill_buffer(job, progress, timings)
+    version = job.version(progress)
+    groups = progress.buffer.take(job.config.rollout.groups, version)
+    batches = _mini_batches(job, groups, version)
+
+    with _timed(timings, "seconds/score"):
+        device_batches, scores = _score(job, progress, batches)
+    state, updates = progress.state, []
+    with _timed(timings, "seconds/update"):
+        for batch in device_batches:
+            state, metrics = job.steps.train(state, batch)
+            updates.append(metrics)
+        values = _values(scores) | _values(updates)
+    after = dataclasses.replace(progress, step=progress.step + 1, state=state)
+    with _timed(timings, "seconds/publish"):
+        job.publish(after)
+
+    values |= group_metrics(groups, version) | counts
+    learning = timings["seconds/score"] + timings["seconds/update"]
+    timings["rate/learner_tokens_per_second"] = _tokens(batches) / learning
+    timings["seconds/step"] = time.perf_counter() - start
+    events = _warnings(job, values)
+    return StepRecord("rl", after.step, values, timings, events, tuple(groups)), after
+
+
+def _fill_buffer(
+    job: Job, progress: Progress, timings: Timings
+) -> tuple[Progress, dict[str, float]]:
+    """Sample and verify until the buffer holds this step's groups and those sampled ahead."""
+    rollout, buffer = job.config.rollout, progress.buffer
+    ahead = min(rollout.buffer.max_staleness, job.last_step - progress.step - 1)
+    wanted = rollout.groups * (1 + ahead)
+    timings |= {"seconds/rollout": 0.0, "seconds/reward": 0.0}
+    assembler, tokens = GroupAssembler(), 0
+    for _ in range(MAX_REFILLS):
+        missing = wanted - len(buffer)
+        if missing <= 0:
+            break
+        requests = _requests(job, progress.cursor, missing, assembler)
+        progress = dataclasses.replace(progress, cursor=progress.cursor + missing)
+        with _timed(timings, "seconds/rollout"):
+            outcomes = [assembler.add(outcome) for outcome in job.engine.generate(requests)]
+        groups = [group for group in outcomes if group is not None]
+        tokens += sum(r.response_length for group in groups for r in group.rollouts)
+        with _timed(timings, "seconds/reward"):
+            for group in _verified(job, groups):
+                buffer.put(group)
+    if len(buffer) < rollout.groups:
+        raise RuntimeError(
+            f"step {progress.step + 1}: {len(buffer)} of {rollout.groups} groups after "
+            f"{MAX_REFILLS} attempts; requests failed by cause: {dict(assembler.failures)}. "
+            "Check the engine's settings and its log"
+        )
+    timings["rate/rollout_tokens_per_second"] = tokens / max(timings["seconds/rollout"], 1e-9)
+    return progress, {
+        "rollout/failures": float(assembler.failures.total()),
+        "rollout/dropped_groups": float(assembler.dropped_groups),
+    }
+
+
+def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> list[Request]:
+    """The requests of the next `count` prompts; the assembler then awaits their outcomes."""
+    samples = job.config.rollout.samples
+    requests = []
+    for offset, index in enumerate(prompt_indices(len(job.train), cursor, count, job.config.seed)):
+        prompt = job.train[int(index)]
+        assembler.expect(prompt, samples)
+        for sample in range(samples):
+            seed = job.seed("rollout", cursor + offset, sample)
+            requests.append(Request(prompt, sample, seed, job.sampling))
+    return requests
+
+
+def _verified(job: Job, groups: Sequence[Group]) -> list[Group]:
+    """The groups with rewards and verdicts."""
+    texts = [(r.text, group.prompt.answer) for group in groups for r in group.rollouts]
+    verdicts = iter(job.verifier.score(texts))
+    return [
+        Group(
+            group.prompt,
+            tuple(
+                dataclasses.replace(rollout, reward=verdict.reward, verdict=verdict.cause)
+                for rollout, verdict in zip(group.rollouts, verdicts, strict=False)
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[TrainBatch]:
+    """The rollout batch as N mini-batches of whole groups, all of one shape."""
+    learner = job.config.learner
+    size = len(groups) // learner.mini_batches
+    parts = [groups[start : start + size] for start in range(0, len(groups), size)]
+    rollouts = [[r for group in part for r in group.rollouts] for part in parts]
+    rows = job.rows(max(_rows_needed(job, part) for part in rollouts))
+    return [
+        collate(
+            part_rollouts,
+            np.concatenate([_advantages(job, group) for group in part]),
+            step=version,
+            rows=rows,
+            length=job.row_length,
+            pack=learner.pack,
+        )
+        for part, part_rollouts in zip(parts, rollouts, strict=True)
+    ]
+
+
+def _rows_needed(job: Job, rollouts: Sequence[Rollout]) -> int:
+    lengths = [rollout.tokens.size - 1 for rollout in rollouts]
+    return rows_needed(lengths, length=job.row_length, pack=job.config.learner.pack)
+
+
+def _advantages(job: Job, group: Group) -> np.ndarray:
+    """f32[N] of one group."""
+    rewards = np.array([[rollout.reward for rollout in group.rollouts]], np.float32)
+    settings = job.config.learner.advantage
+    return group_advantages(
+        rewards, np.ones_like(rewards, bool), baseline=settings.baseline, scale=settings.scale
+    )[0]
+
+
+def _score(
+    job: Job, progress: Progress, batches: Sequence[TrainBatch]
+) -> tuple[list[TrainBatch], list[Metrics]]:
+    """Every mini-batch on the devices with its old_logprobs, ref_logprobs and routes to replay.
+
+    All are scored before the first update: pi_old is the policy at the weights the update
+    starts from.
+    """
+    learner = job.config.learner
+    scored, metrics = [], []
+    for host_batch in batches:
+        batch = job.to_devices(host_batch)
+        if progress.reference is not None:
+            logprobs = job.steps.score_reference(progress.reference, batch).logprobs
+            batch = dataclasses.replace(batch, ref_logprobs=logprobs)
+        if learner.old_logprobs == "score":
+            score = job.steps.score(progress.state.params, batch)
+            batch = prepare(batch, score, learner.replay)
+            metrics.append(score.metrics)
+        scored.append(batch)
+    jax.block_until_ready(scored)
+    return scored, metrics
+
+
+def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
+    """The evaluation due after this step, if one is; before and after RL there always is one."""
+    done, every = progress.step - job.config.cold_start.steps, job.config.evaluation.every
+    due = done in (0, job.config.steps) or (every > 0 and done % every == 0)
+    if not due:
+        return []
+    timings: Timings = {}
+    with _timed(timings, "seconds/evaluate"):
+        result = evaluate(
+            job.engine,
+            job.heldout,
+            job.verifier,
+            sampling=job.sampling,
+            config=job.config.evaluation,
+            seed=job.seed("evaluation"),
+        )
+    return [StepRecord("eval", progress.step, result.metrics(), timings, (), result.groups)]
+
+
+def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:
+    """What a reader of the run log must not overlook about this step."""
+    replay, coverage = job.config.learner.replay, values["routing/replay_coverage"]
+    warnings = []
+    if replay != "none" and coverage < 1:
+        warnings.append(
+            f"routing replay {replay} is configured but only {coverage:.2%} of the trained tokens "
+            "replayed their routes; the others used the live router"
+        )
+    for name in ("rollout/failures", "rollout/dropped_groups"):
+        if values[name]:
+            warnings.append(f"{name} is {values[name]:.0f}: {METRICS[name]}")
+    return tuple(warnings)
+
+
+def _values(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """Metrics of several mini-batches as numbers: Means are pooled, other values averaged."""
+    host = jax.device_get(list(metrics))
+    values = {}
+    for name in host[0] if host else ():
+        parts = [part[name] for part in host]
+        if isinstance(parts[0], Mean):
+            total, weight = (sum(float(getattr(p, f)) for p in parts) for f in ("total", "weight"))
+            values[name] = total / weight if weight else 0.0
+        else:
+            values[name] = float(np.mean(parts))
+    return values
+
+
+def _tokens(batches: Sequence[TrainBatch]) -> int:
+    """Tokens consumed in the batches, padding left out."""
+    return sum(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
+
+
+@contextlib.contextmanager
+def _timed(timings: Timings, name: str) -> Iterator[None]:
+    """Adds the seconds its block took."""
+    start = time.perf_counter()
+    yield
+    timings[name] = timings.get(name, 0.0) + time.perf_counter() - start

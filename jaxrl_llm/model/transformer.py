@@ -1,0 +1,276 @@
+"""The Qwen3-MoE transformer: Flax NNX modules whose layers are stacked and scanned.
+
+Callers hold only the parameters, a nested dict of float32 arrays (the same for learner, engine,
+checkpoint and export), and a forward function of it:
+
+    {"embed": [V, D], "segments": {"00": BLOCKS, "01": BLOCKS, ...}, "final_norm": [D],
+     "head": [D, V], absent if the embedding is tied}
+
+A segment is a maximal run of layers of one kind, dense or MoE, stacked on a leading axis n:
+
+    {"attention_norm": [n, D],
+     "attention": {"q": [n, D, H*P], "k": [n, D, KV*P], "v": [n, D, KV*P], "o": [n, H*P, D],
+                   "q_norm": [n, P], "k_norm": [n, P]},
+     "mlp_norm": [n, D],
+     "mlp": {"router": [n, D, E], "gate": [n, E, D, F], "up": [n, E, D, F], "down": [n, E, F, D]}
+         or {"gate": [n, D, F], "up": [n, D, F], "down": [n, F, D]}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxrl_llm.arrays import ForwardOutput, RouterOutput
+from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
+from jaxrl_llm.model.moe import dispatch, route, router_logits
+from jaxrl_llm.sharding import batch_sharding
+
+Array = jax.Array
+Params = dict[str, Any]
+Rotary = tuple[Array, Array]
+Forward = Callable[[Params, Array, Array, Array, Array | None], ForwardOutput]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all modules of one model share; static under jit."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    mesh: Mesh | None = None
+
+
+def _matrix(rngs: nnx.Rngs, sizes: dict[str | None, int], *, fan_in: int) -> nnx.Param:
+    """A parameter of these named dimensions, drawn from a normal of variance 1 / fan_in."""
+    value = jax.random.normal(rngs.params(), tuple(sizes.values())) * fan_in**-0.5
+    return nnx.Param(value, axes=tuple(sizes))
+
+
+def _ones(sizes: dict[str | None, int]) -> nnx.Param:
+    return nnx.Param(jnp.ones(tuple(sizes.values())), axes=tuple(sizes))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with RMSNorm on queries and keys before the rotation."""
+
+    def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
+        config = setup.config
+        width, size = config.width, config.head_dim
+        heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
+        stack: dict[str | None, int] = {"layers": layers}
+        self.setup = setup
+        self.q = _matrix(rngs, {**stack, "embed": width, "heads": heads}, fan_in=width)
+        self.k = _matrix(rngs, {**stack, "embed": width, "kv_heads": kv_heads}, fan_in=width)
+        self.v = _matrix(rngs, {**stack, "embed": width, "kv_heads": kv_heads}, fan_in=width)
+        self.o = _matrix(rngs, {**stack, "heads": heads, "embed": width}, fan_in=heads)
+        self.q_norm = _ones({**stack, None: size})
+        self.k_norm = _ones({**stack, None: size})
+
+    def __call__(self, x: Array, rotary: Rotary, segment_ids: Array) -> Array:
+        config = self.setup.config
+
+        def heads(matrix: nnx.Param) -> Array:
+            return linear(x, matrix[...]).reshape(*x.shape[:-1], -1, config.head_dim)
+
+        query = rotate(rms_norm(heads(self.q), self.q_norm[...], config.norm_eps), rotary)
+        key = rotate(rms_norm(heads(self.k), self.k_norm[...], config.norm_eps), rotary)
+        chunk = self.setup.compute.attention_chunk
+        attended = segment_attention(query, key, heads(self.v), segment_ids, chunk=chunk)
+        return linear(attended.reshape(*x.shape[:-1], -1), self.o[...])
+
+
+class DenseMlp(nnx.Module):
+    """The MLP of a layer without experts; replayed routes do not concern it."""
+
+    def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
+        width, inner = setup.config.width, setup.config.moe.dense_width
+        columns: dict[str | None, int] = {"layers": layers, "embed": width, "mlp": inner}
+        rows: dict[str | None, int] = {"layers": layers, "mlp": inner, "embed": width}
+        self.gate = _matrix(rngs, columns, fan_in=width)
+        self.up = _matrix(rngs, columns, fan_in=width)
+        self.down = _matrix(rngs, rows, fan_in=inner)
+
+    def __call__(self, x: Array, routes: Array | None) -> tuple[Array, None]:
+        return swiglu(x, self.gate[...], self.up[...], self.down[...]), None
+
+
+class MoeMlp(nnx.Module):
+    """Router and experts: route() then dispatch()."""
+
+    def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
+        moe, width = setup.config.moe, setup.config.width
+        stack: dict[str | None, int] = {"layers": layers, "expert": moe.num_experts}
+        columns = {**stack, "embed": width, "mlp": moe.expert_width}
+        rows = {**stack, "mlp": moe.expert_width, "embed": width}
+        router: dict[str | None, int] = {"layers": layers, "embed": width, None: moe.num_experts}
+        self.setup = setup
+        self.router = _matrix(rngs, router, fan_in=width)
+        self.gate = _matrix(rngs, columns, fan_in=width)
+        self.up = _matrix(rngs, columns, fan_in=width)
+        self.down = _matrix(rngs, rows, fan_in=moe.expert_width)
+
+    def __call__(self, x: Array, routes: Array | None) -> tuple[Array, RouterOutput]:
+        moe = self.setup.config.moe
+        router = route(
+            router_logits(x, self.router[...]),
+            moe.experts_per_token,
+            routes,
+            normalize=moe.normalize_weights,
+        )
+        output = dispatch(
+            x.reshape(-1, x.shape[-1]),
+            router.experts.reshape(-1, moe.experts_per_token),
+            router.weights.reshape(-1, moe.experts_per_token),
+            {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]},
+            implementation=self.setup.compute.dispatch,
+            mesh=self.setup.mesh,
+        )
+        return output.reshape(x.shape), router
+
+
+class Block(nnx.Module):
+    """One layer, or several of one kind stacked on a leading axis until the scan takes one."""
+
+    def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs, *, is_moe: bool) -> None:
+        self.setup = setup
+        self.attention_norm = _ones({"layers": layers, None: setup.config.width})
+        self.attention = Attention(setup, layers, rngs)
+        self.mlp_norm = _ones({"layers": layers, None: setup.config.width})
+        self.mlp = (MoeMlp if is_moe else DenseMlp)(setup, layers, rngs)
+
+    def __call__(
+        self, hidden: Array, routes: Array | None, rotary: Rotary, segment_ids: Array
+    ) -> tuple[Array, RouterOutput | None]:
+        eps = self.setup.config.norm_eps
+        normed = rms_norm(hidden, self.attention_norm[...], eps)
+        hidden = hidden + self.attention(normed, rotary, segment_ids)
+        change, router = self.mlp(rms_norm(hidden, self.mlp_norm[...], eps), routes)
+        return _split_rows(hidden + change, self.setup.mesh), router
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states and router outputs; the head is left to logprobs.py."""
+
+    def __init__(self, setup: Setup, rngs: nnx.Rngs) -> None:
+        config = setup.config
+        width, vocab = config.width, config.vocab_size
+        self.setup = setup
+        self.embed = _matrix(rngs, {"vocab": vocab, "embed": width}, fan_in=width)
+        self.segments = nnx.Dict(
+            {
+                f"{index:02}": Block(setup, layers, rngs, is_moe=is_moe)
+                for index, (is_moe, layers) in enumerate(config.segments)
+            }
+        )
+        self.final_norm = _ones({None: width})
+        if not config.tie_embeddings:
+            self.head = _matrix(rngs, {"embed": width, "vocab": vocab}, fan_in=width)
+
+    def __call__(
+        self, inputs: Array, positions: Array, segment_ids: Array, routes: Array | None
+    ) -> ForwardOutput:
+        """See make_forward."""
+        config, compute = self.setup.config, self.setup.compute
+        rotary = rotary_table(positions, config.head_dim, config.rope_theta)
+        hidden = self.embed[...][inputs].astype(compute.dtype)
+        hidden = _split_rows(hidden, self.setup.mesh)
+        by_layer = None if routes is None else jnp.moveaxis(routes, 2, 0)
+        outputs, first = [], 0
+        for index, (is_moe, layers) in enumerate(config.segments):
+            blocks = self.segments[f"{index:02}"]
+            replayed = None
+            if is_moe and by_layer is not None:
+                replayed = by_layer[first : first + layers]
+            hidden, router = _scan(blocks, hidden, replayed, rotary, segment_ids)
+            if is_moe:
+                outputs.append(router)
+                first += layers
+        hidden = rms_norm(hidden, self.final_norm[...], config.norm_eps)
+        router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+        return ForwardOutput(hidden, router)
+
+
+def _scan(
+    blocks: Block, hidden: Array, routes: Array | None, rotary: Rotary, segment_ids: Array
+) -> tuple[Array, RouterOutput | None]:
+    """Run stacked layers one after another: routes [n, B, S, K] go in, router outputs come out."""
+    definition, stacked = nnx.split(blocks)
+
+    def layer(hidden: Array, xs: tuple[Any, Array | None]) -> tuple[Array, RouterOutput | None]:
+        params, replayed = xs
+        return nnx.merge(definition, params)(hidden, replayed, rotary, segment_ids)
+
+    remat = blocks.setup.compute.remat
+    if remat != "none":
+        # With "dots", the results of matmuls with parameters are kept and only the rest recomputed.
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = keep if remat == "dots" else None
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return jax.lax.scan(layer, hidden, (stacked, routes))
+
+
+def _split_rows(x: Array, mesh: Mesh | None) -> Array:
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def make_forward(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None = None) -> Forward:
+    """The pure function forward(params, inputs, positions, segment_ids, routes) -> ForwardOutput.
+
+    inputs, positions, segment_ids: i32[B, S] under the alignment rule of types.py; a token sees
+      the tokens before it in its own segment, so packed rows equal unpacked ones.
+    routes: int[B, S, L, K] expert ids to replay, L over the MoE layers in global order, NO_ROUTE
+      where the live router decides; None replays nothing.
+
+    Raises ValueError when routes have another shape.
+    """
+    definition, _ = nnx.split(_abstract(Setup(config, compute, mesh)))
+
+    def forward(
+        params: Params, inputs: Array, positions: Array, segment_ids: Array, routes: Array | None
+    ) -> ForwardOutput:
+        wanted = (*inputs.shape, config.num_moe_layers, config.moe.experts_per_token)
+        if routes is not None and routes.shape != wanted:
+            raise ValueError(
+                f"routes have shape {routes.shape}; inputs {inputs.shape} and this model need "
+                f"{wanted}: [rows, positions, MoE layers, experts per token]"
+            )
+        return nnx.merge(definition, params)(inputs, positions, segment_ids, routes)
+
+    return forward
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Random float32 parameters: matrices of variance 1 / fan-in, norm scales of 1."""
+    model = Transformer(Setup(config, ComputeConfig()), nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def parameter_axes(config: ModelConfig) -> Params:
+    """The parameter tree with the logical dimension names of each array for leaves."""
+    state = nnx.state(_abstract(Setup(config, ComputeConfig())))
+    variables = nnx.to_flat_state(state)
+    return nnx.traversals.unflatten_mapping({path: leaf.axes for path, leaf in variables})
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, those of all experts included."""
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def unembed(params: Params, config: ModelConfig) -> Array:
+    """The head, f32[D, V]: its own matrix, or the embedding transposed where they are tied."""
+    return params["embed"].T if config.tie_embeddings else params["head"]
+
+
+def _abstract(setup: Setup) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(setup, nnx.Rngs(0)))

@@ -1,0 +1,288 @@
+"""The in-process engine: samples with the learner's weights in an inference engine's numerics.
+
+What it is: continuous batching on the host around the jitted functions of decode.py. The KV cache
+has a fixed number of slots; a request takes a free one, and leaves it the moment it is finished.
+What it is not: an engine for large models, which SGLang serves over HTTP behind the same protocol.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.rollout.decode import (
+    Cache,
+    Decoded,
+    Numerics,
+    Slots,
+    Weights,
+    decode,
+    empty_cache,
+    pack_weights,
+    prefill,
+)
+from jaxrl_llm.rollout.engine import EngineFailure, Params, Request, refusal
+from jaxrl_llm.rollout.precision import Precision
+from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
+from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalEngineConfig:
+    """The in-process engine: its numerics and the fixed shapes it compiles for."""
+
+    precision: Precision = "float32"  # of weights and activations in every linear layer
+    router_precision: Literal["same", "float32"] = "float32"  # of the routers' product
+    slots: int = 64  # responses that are decoded together
+    max_length: int = 512  # longest prompt plus response, in tokens
+    prefill_rows: int = 16  # prompts that enter together; decoding pauses when so many can
+    prefill_chunk: int = 16  # prompt tokens computed at once; longer prompts take several calls
+    decode_steps: int = 32  # most tokens per slot between two visits of the host
+
+    def __post_init__(self) -> None:
+        for field in ("slots", "max_length", "prefill_rows", "prefill_chunk", "decode_steps"):
+            value = dataclasses.asdict(self)[field]
+            if value < 1:
+                raise ValueError(f"{field} is {value}; it must be at least 1")
+
+
+class _Row:
+    """A request in a slot, and what has come of it so far; indices follow the alignment rule."""
+
+    def __init__(self, request: Request, slot: int, model: ModelConfig) -> None:
+        prompt = request.prompt.tokens
+        total = prompt.size + request.sampling.max_new_tokens
+        route_shape = (total - 1, model.num_moe_layers, model.moe.experts_per_token)
+        self.request = request
+        self.slot = slot
+        self.length = prompt.size  # tokens so far
+        self.finite = True
+        self._tokens = np.concatenate([prompt, np.zeros(total - prompt.size, np.int32)])
+        self._logprobs = np.zeros(total - 1, np.float32)
+        self._versions = np.full(total - 1, NOT_SAMPLED, np.int32)
+        self._routes = np.full(route_shape, NO_ROUTE, np.int16)
+
+    @property
+    def consumed(self) -> np.ndarray:
+        """Tokens that prefill consumes: the prompt but its last, which decode starts from."""
+        return self.request.prompt.tokens[:-1]
+
+    def take_prompt(self, start: int, routes: np.ndarray) -> None:
+        """Store routes [C, L, K] of the consumed tokens from `start` on; the rest is padding."""
+        count = max(0, min(len(routes), self.consumed.size - start))
+        self._routes[start : start + count] = routes[:count]
+
+    def take_sampled(self, tokens: Leaf, logprobs: Leaf, routes: Leaf, version: int) -> None:
+        """Append sampled tokens [n] with their log-probabilities [n] and routes [n, L, K]."""
+        positions = slice(self.length - 1, self.length - 1 + tokens.size)
+        self._tokens[self.length : self.length + tokens.size] = tokens
+        self._logprobs[positions] = logprobs
+        self._versions[positions] = version
+        self._routes[positions] = routes
+        self.length += tokens.size
+        self.finite = bool(np.isfinite(logprobs[-1]))
+
+    def result(self, decode_text: Callable[[Sequence[int]], str]) -> Rollout | EngineFailure:
+        """The finished rollout, or the failure of a forward pass that was not finite."""
+        prompt, index = self.request.prompt, self.request.sample_index
+        if not self.finite:
+            message = (
+                f"the log-probability of token {self.length - 1} is not finite; the published "
+                "weights are damaged or overflow this precision"
+            )
+            return EngineFailure(prompt.prompt_id, index, "not_finite", message)
+        tokens, positions = self._tokens[: self.length], self.length - 1
+        response = tokens[prompt.tokens.size :].tolist()
+        stopped = response[-1] in self.request.sampling.stop_token_ids
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            sample_index=index,
+            tokens=tokens,
+            loss_mask=np.arange(positions) >= prompt.tokens.size - 1,
+            sampler_logprobs=self._logprobs[:positions],
+            routes=self._routes[:positions],
+            weight_version=self._versions[:positions],
+            text=decode_text(response[:-1] if stopped else response),
+            finish="stop" if stopped else "length",
+        )
+
+
+class _SlotTable:
+    """Which request sits in which slot, and the Slots that decode reads."""
+
+    def __init__(self, size: int, stop_count: int) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._free = list(range(size))
+        self.slots = Slots(
+            active=np.zeros(size, np.bool_),
+            token=np.zeros(size, np.int32),
+            position=np.zeros(size, np.int32),
+            end=np.zeros(size, np.int32),
+            stops=np.full((size, stop_count), -1, np.int32),
+            samplers=Samplers(
+                seed=np.zeros((size, 2), np.uint32),
+                temperature=np.ones(size, np.float32),
+                top_p=np.ones(size, np.float32),
+                top_k=np.zeros(size, np.int32),
+            ),
+        )
+
+    @property
+    def occupied(self) -> bool:
+        """Whether any slot holds a request."""
+        return bool(self._rows)
+
+    def admit(self, queue: collections.deque[Request], model: ModelConfig) -> list[_Row]:
+        """Move requests from the queue's front into free slots; returns their rows."""
+        entered = []
+        while queue and self._free:
+            request, slot = queue.popleft(), self._free.pop(0)
+            row = self._rows[slot] = _Row(request, slot, model)
+            slots, sampling, prompt = self.slots, request.sampling, request.prompt.tokens
+            slots.active[slot] = True
+            slots.token[slot] = prompt[-1]
+            slots.position[slot] = prompt.size - 1
+            slots.end[slot] = prompt.size - 1 + sampling.max_new_tokens
+            slots.stops[slot] = -1
+            slots.stops[slot, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
+            slots.samplers.seed[slot] = seed_words(request.seed)
+            slots.samplers.temperature[slot] = sampling.temperature
+            slots.samplers.top_p[slot] = sampling.top_p
+            slots.samplers.top_k[slot] = sampling.top_k
+            entered.append(row)
+        return entered
+
+    def absorb(self, decoded: Decoded, version: int) -> list[_Row]:
+        """Add what a decode call sampled; returns the rows that finished and frees their slots."""
+        finished = []
+        for slot, row in sorted(self._rows.items()):
+            count = decoded.counts[slot]
+            row.take_sampled(
+                decoded.tokens[:count, slot],
+                decoded.logprobs[:count, slot],
+                decoded.routes[:count, slot],
+                version,
+            )
+            self.slots.token[slot] = decoded.tokens[count - 1, slot]
+            self.slots.position[slot] += count
+            if not decoded.active[slot]:
+                self.slots.active[slot] = False
+                finished.append(self._rows.pop(slot))
+                self._free.append(slot)
+        return finished
+
+
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    weights: Weights
+    version: int
+
+
+class LocalEngine:
+    """An Engine (see engine.py) in this process and on one device.
+
+    A publish while an iterator is open takes effect at its next decode call: later tokens come from
+    the new weights over the older KV cache, and their weight_version says so.
+    """
+
+    def __init__(
+        self,
+        config: LocalEngineConfig,
+        model: ModelConfig,
+        decode_text: Callable[[Sequence[int]], str],
+    ) -> None:
+        """decode_text turns response tokens into Rollout.text; the tokenizer's decode."""
+        self._config = config
+        self._numerics = Numerics(model, config.precision, config.router_precision)
+        self._decode_text = decode_text
+        self._device = jax.local_devices()[0]
+        self._published: _Published | None = None
+
+    def publish(self, params: Params, version: int) -> None:
+        """Quantise `params` into the engine's own copy; see Engine.publish."""
+        if version < 0:
+            raise ValueError(f"version is {version}; weight versions count from 0")
+        # A copy even in float32: the learner donates its parameters to its next step.
+        own = jax.device_put(dict(params), self._device, may_alias=False)
+        self._published = _Published(pack_weights(own, numerics=self._numerics), version)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
+        """See Engine.generate. All state of the call is its own: several may be open at once.
+
+        Raises RuntimeError if no weights were published.
+        """
+        model, config = self._numerics.model, self._config
+        queue: collections.deque[Request] = collections.deque()
+        for request in requests:
+            failure = refusal(request, vocab_size=model.vocab_size, max_length=config.max_length)
+            if failure is None:
+                queue.append(request)
+            else:
+                yield failure
+        stop_count = max((len(r.sampling.stop_token_ids) for r in queue), default=0)
+        table = _SlotTable(config.slots, max(stop_count, 1))
+        cache = empty_cache(model, rows=config.slots, length=config.max_length)
+        while queue or table.occupied:
+            published = self._weights()
+            entered = table.admit(queue, model)
+            cache, prompt_routes = self._prefill(published, cache, entered)
+            enough = min(config.prefill_rows, len(queue)) if queue else config.slots
+            cache, decoded = decode(
+                published.weights,
+                cache,
+                table.slots,
+                np.int32(enough),
+                numerics=self._numerics,
+                steps=config.decode_steps,
+            )
+            for start, batch, routes in prompt_routes:
+                for row, chosen in zip(batch, np.asarray(routes), strict=False):
+                    row.take_prompt(start, chosen)
+            for row in table.absorb(jax.device_get(decoded), published.version):
+                yield row.result(self._decode_text)
+
+    def close(self) -> None:
+        """Release the weights."""
+        self._published = None
+
+    def _weights(self) -> _Published:
+        if self._published is None:
+            raise RuntimeError("the engine has no weights; call publish() before generate()")
+        return self._published
+
+    def _prefill(
+        self, published: _Published, cache: Cache, entered: list[_Row]
+    ) -> tuple[Cache, list[tuple[int, list[_Row], jax.Array]]]:
+        """Put the consumed tokens of new rows into the cache.
+
+        Returns the cache and (first position, rows, routes [rows, C, L, K]) of each call, which the
+        host need not wait for before it has started to decode.
+        """
+        size, width = self._config.prefill_rows, self._config.prefill_chunk
+        routes = []
+        for first in range(0, len(entered), size):
+            batch = entered[first : first + size]
+            # A slot that does not exist stands for a row that is not there.
+            rows = np.full(size, self._config.slots, np.int32)
+            rows[: len(batch)] = [row.slot for row in batch]
+            for start in range(0, max(row.consumed.size for row in batch), width):
+                tokens = np.zeros((size, width), np.int32)
+                for line, row in zip(tokens, batch, strict=False):
+                    part = row.consumed[start : start + width]
+                    line[: part.size] = part
+                cache, chosen = prefill(
+                    published.weights,
+                    cache,
+                    tokens,
+                    np.int32(start),
+                    rows,
+                    numerics=self._numerics,
+                )
+                routes.append((start, batch, chosen))
+        return cache, routes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxrl_llm.config import RunConfig, differences, read_config, to_json
 from jaxrl_llm.data.prompts import PromptSource, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
+from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -45,7 +47,7 @@ from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import RunWriter
 from jaxrl_llm.sharding import batch_sharding, make_mesh
-from jaxrl_llm.types import SamplingParams
+from jaxrl_llm.types import Prompt, SamplingParams
 
 CHECKPOINTS, REFERENCE = "checkpoints", "reference"
 """Folders of a run directory: its checkpoints, and the policy that a KL penalty refers to."""
@@ -80,7 +82,7 @@ class Job:
     mesh: Mesh
     tokenizer: Tokenizer
     train: PromptSource
-    heldout: PromptSource
+    heldout: tuple[Prompt, ...]
     verifier: Verifier
     engine: Engine
     cold_optimizer: Optimizer
@@ -140,23 +142,19 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
     _check_directory(config)
-    train, heldout = (
-        load_prompts(config.task.data, tokenizer, split) for split in ("train", "heldout")
-    )
     mesh = make_mesh(config.learner.mesh)
     learner = config.learner
     cold_optimizer = make_optimizer(config.cold_start.optimizer, config.cold_start.steps)
-    optimizer = make_optimizer(learner.optimizer, config.steps * learner.mini_batches)
-    engine = LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
-    stack.callback(engine.close)
+    optimizer = make_optimizer(learner.optimizer, config.updates)
+    engine = stack.enter_context(contextlib.closing(_engine(config, tokenizer)))
     log = stack.enter_context(RunWriter(config.directory, config.log))
     log.write_config(to_json(config))
     return Job(
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
-        train=train,
-        heldout=heldout,
+        train=load_prompts(config.task.data, tokenizer, "train"),
+        heldout=_heldout(config, tokenizer),
         verifier=stack.enter_context(Verifier(config.task.reward)),
         engine=engine,
         cold_optimizer=cold_optimizer,
@@ -233,6 +231,50 @@ def save(job: Job, progress: Progress) -> None:
     """Start a checkpoint of the progress; the loop goes on meanwhile."""
     host = {"cursor": progress.cursor, "buffer": progress.buffer.to_json()}
     job.checkpoints.save(progress.step, progress.state, host)
+
+
+def evaluate_checkpoint(
+    run_dir: Path, *, samples: int | None, prompts: int | None, seed: int
+) -> tuple[int, EvaluationResult]:
+    """Evaluate the newest checkpoint of a run on its held-out prompts; (its step, the result).
+
+    None for samples or prompts takes what the run's own evaluation took. The run may be going on:
+    nothing in its directory is written. Raises ValueError where there is no checkpoint.
+    """
+    config = read_config(run_dir / "config.json")
+    samples = config.evaluation.samples if samples is None else samples
+    prompts = config.evaluation.prompts if prompts is None else prompts
+    pass_k = config.evaluation.pass_k
+    evaluation = dataclasses.replace(
+        config.evaluation, samples=samples, prompts=prompts, pass_k=min(pass_k, samples)
+    )
+    mesh = make_mesh(config.learner.mesh)
+    optimizer = make_optimizer(config.learner.optimizer, config.updates)
+    checkpoint = restore(run_dir / CHECKPOINTS, abstract_state(config.model, optimizer, mesh))
+    if checkpoint is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet; let the run make one first")
+    tokenizer = make_tokenizer(config.task.tokenizer)
+    with contextlib.closing(_engine(config, tokenizer)) as engine:
+        engine.publish(checkpoint.state.params, checkpoint.step)
+        with Verifier(config.task.reward) as verifier:
+            result = evaluate(
+                engine,
+                _heldout(config, tokenizer),
+                verifier,
+                sampling=config.rollout.sampling(tokenizer.stop_token_ids),
+                config=evaluation,
+                seed=seed,
+            )
+    return checkpoint.step, result
+
+
+def _engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
+    return LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
+
+
+def _heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
+    source = load_prompts(config.task.data, tokenizer, "heldout")
+    return tuple(source[index] for index in range(len(source)))
 
 
 def _check_directory(config: RunConfig) -> None:

@@ -121,6 +121,11 @@ class RunConfig:
         """The run directory."""
         return Path(self.run_dir.replace("{seed}", str(self.seed)))
 
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of all RL steps: where a learning-rate schedule ends."""
+        return self.steps * self.learner.mini_batches
+
 
 def _check(config: RunConfig) -> None:
     """Contradictions between parts, each with its remedy."""
@@ -153,7 +158,8 @@ def _reads_old(loss: LossConfig) -> bool:
 
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The config as plain JSON values; inverse of from_json."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def from_json(values: dict[str, Any]) -> RunConfig:

@@ -71,7 +71,9 @@ class EvaluationResult:
     failures: dict[str, int]  # the engine's cause -> requests
     samples: int  # asked of every prompt, the k of avg@k
     pass_k: int  # the k of pass@k
-    groups: tuple[Group, ...]  # the samples with rewards, without routes, in the order of the prompts
+    groups: tuple[
+        Group, ...
+    ]  # the samples with rewards, without routes, in the order of the prompts
 
     def metrics(self) -> dict[str, float]:
         """The eval/* values of the run log."""
@@ -117,7 +119,7 @@ def pass_at_k(correct: np.ndarray, samples: np.ndarray, k: int) -> np.ndarray:
     wrong = samples - correct
     missed = np.ones(samples.shape)  # chance that none of k draws without replacement is correct
     for drawn in range(k):
-        missed *= np.clip(wrong - drawn, 0, None) / np.maximum(samples - drawn, 1)
+        missed *= (wrong - drawn) / np.maximum(samples - drawn, 1)
     return np.where(samples >= k, 1 - missed, np.nan)
 
 

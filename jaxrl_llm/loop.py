@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ MAX_REFILLS = 4
 """Attempts to fill a rollout batch whose requests fail, before the run stops with an error."""
 
 
-def run(config: RunConfig) -> Iterator[StepRecord]:
+def run(config: RunConfig) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
     Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a

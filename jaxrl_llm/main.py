@@ -1,29 +1,27 @@
 """The command line: `jaxrl-llm train | eval | report`.
 
-What it is: argument parsing (tyro, from the frozen config dataclasses), the progress display and the
-handling of signals. What it is not: the job, which is loop.run. Everything heavy is imported inside
-the command that needs it, so that --help answers at once.
+What it is: argument parsing (tyro, from the frozen config dataclasses) and the handling of signals.
+What it is not: the job, which is loop.run. Everything heavy is imported inside the command that
+needs it, so that --help answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from jaxrl_llm.config import RunConfig
-    from jaxrl_llm.loop import StepRecord
 
 INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM, as a shell reports it
 
@@ -70,12 +68,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if len(arguments) >= 2 and arguments[0] == "train" and not arguments[1].startswith("-"):
             return train(Path(arguments[1]), arguments[2:], console)
-        command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")  # type: ignore[call-overload]
+        command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")
         if isinstance(command, Eval):
             return evaluate(command, console)
         if isinstance(command, Report):
             return report(command.run, console)
         return train(command.config, [], console)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         # Bad input carries its own explanation; a traceback would bury it.
         if os.environ.get("JAXRL_LLM_TRACEBACK"):
@@ -83,3 +83,88 @@ def main(arguments: list[str] | None = None) -> int:
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         Console(stderr=True).print(str(error), markup=False, highlight=False)
         return 1
+
+
+def train(path: Path, overrides: list[str], console: Console) -> int:
+    """Run a config file with command-line overrides; see Train."""
+    from jaxrl_llm.config import RunConfig, load_config
+
+    config = tyro.cli(
+        RunConfig,
+        default=load_config(path),
+        args=overrides,
+        prog=f"jaxrl-llm train {path}",
+        description=f"Settings of the experiment, with the values that {path} gives them.",
+    )
+    _use_compilation_cache()
+    from jaxrl_llm import loop
+    from jaxrl_llm.display import Display, summary
+
+    console.print(f"Run directory: {config.directory}")
+    with (
+        _stop_requests(console) as stop,
+        contextlib.closing(loop.run(config)) as records,
+        Display(config, console) as display,
+    ):
+        for record in records:
+            display.show(record)
+            if stop.is_set():
+                break
+    if stop.is_set():
+        console.print("Stopped with a checkpoint. The same command goes on from here.")
+        return INTERRUPTED
+    console.print(summary(config.directory))
+    return report(config.directory, console)
+
+
+def evaluate(command: Eval, console: Console) -> int:
+    """Evaluate the newest checkpoint of a run; see Eval."""
+    _use_compilation_cache()
+    from jaxrl_llm.assembly import evaluate_checkpoint
+
+    step, result = evaluate_checkpoint(
+        command.run, samples=command.samples, prompts=command.prompts, seed=command.seed
+    )
+    table = Table("metric", "value", title=f"{command.run}, step {step}")
+    for name, value in result.metrics().items():
+        table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    return 0
+
+
+def report(run: Path, console: Console) -> int:
+    """Draw a run directory; see Report."""
+    from jaxrl_llm.report import write_report
+
+    console.print(f"Report: {write_report(run)}", soft_wrap=True)
+    return 0
+
+
+@contextlib.contextmanager
+def _stop_requests(console: Console) -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second signal interrupts at once."""
+    requested = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if requested.is_set():
+            raise KeyboardInterrupt
+        requested.set()
+        console.print("Stopping after this step; once more to stop now and lose it.")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless the environment names another."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jaxrl_llm" / "compiled"))
+    # Small programs count as well: a run compiles dozens of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -72,7 +72,7 @@ METRICS: dict[str, str] = {
     "learner/loss": "the loss that was minimised, mean over the step's mini-batches [loss]",
     "learner/grad_norm": "global gradient norm before clipping, mean over mini-batches [norm]",
     "learner/update_norm": "global norm of the parameter update, mean over mini-batches [norm]",
-    "learner/learning_rate": "learning rate of the step's last mini-batch [1]",
+    "learner/learning_rate": "learning rate, mean over mini-batches [1]",
     # Evaluation on the held-out split.
     "eval/avg_at_k": "mean accuracy over k samples of every prompt [fraction]",
     "eval/avg_at_k_low": "lower end of its confidence interval, prompts resampled [fraction]",
@@ -117,8 +117,8 @@ class RunLogConfig:
     """How much a run leaves behind."""
 
     tensorboard: bool = True  # write TensorBoard event files too
-    rollouts_every: int = 1  # write sampled rollouts every so many steps; 0 writes none
-    groups_per_step: int = 4  # groups written of such a step; 0 writes all
+    rollouts_every: int = 1  # RL steps between written rollouts; 0 writes none, of evaluations too
+    groups_per_step: int = 4  # groups written of a step or an evaluation; 0 writes all
     rollout_routes: bool = False  # keep the routes in written rollouts: S x L x K numbers each
 
     def __post_init__(self) -> None:
@@ -260,7 +260,7 @@ class RunWriter:
 
     def _write_rollouts(self, record: StepRecord) -> None:
         every = self._config.rollouts_every
-        if not record.groups or every == 0 or record.step % every:
+        if not record.groups or every == 0 or (record.phase != "eval" and record.step % every):
             return
         groups = record.groups[: self._config.groups_per_step or None]
         if not self._config.rollout_routes:

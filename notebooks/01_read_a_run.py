@@ -24,6 +24,7 @@
 
 # %%
 import os
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -112,8 +113,8 @@ for axes, (title, names) in zip(grid.flat, panels.items(), strict=True):
         axes.legend(fontsize=7)
 plt.show()
 
-for event in reader.events():
-    print(f"step {event['step']}: {event['message']}")
+for message, count in Counter(event["message"] for event in reader.events()).most_common():
+    print(f"{count:>5} times: {message}")
 
 # %% [markdown]
 # ## What did it say?

@@ -68,6 +68,6 @@ def test_it_runs_on_a_run_directory(
     figures = [o for o in outputs if o.output_type == "display_data" and "image/png" in o.data]
     if name == "01_read_a_run":
         assert "avg_at_k          87.0%  [83.0%, 91.0%]" in text
-        assert "replay r3 covered 0.93" in text
+        assert "3 times: replay r3 covered 0.93" in text
         assert "+0.50  correct" in text
         assert len(figures) == 3

@@ -105,9 +105,11 @@ def test_rollouts_and_config_come_back(tmp_path: Path) -> None:
 
 def test_settings_thin_out_the_rollouts(tmp_path: Path) -> None:
     config = RunLogConfig(tensorboard=False, rollouts_every=2, groups_per_step=1)
-    write(tmp_path, records(1, 4), config)
+    evaluation = dataclasses.replace(evaluation_record(5, 0.5), groups=(make_group(9),))
+    write(tmp_path, [*records(1, 4), evaluation], config)
     reader = RunReader(tmp_path)
     assert reader.rollout_steps() == [2, 4]
+    assert reader.rollout_steps("eval") == [5]  # evaluations are few, and all of them count
     (group,) = reader.rollouts(2)
     assert [rollout.routes for rollout in group.rollouts] == [None] * 4
     write(tmp_path / "none", records(1, 2), dataclasses.replace(config, rollouts_every=0))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,8 @@ def collate(
         batch["advantages"][where] = np.where(rollout.loss_mask, advantages[index], 0)
         if routes is not None and rollout.routes is not None:
             routes[where] = rollout.routes
-    return TrainBatch(**batch, routes=routes)
+    batch["routes"] = routes
+    return TrainBatch(**batch)
 
 
 def collate_demonstrations(
@@ -163,11 +165,11 @@ def _place_all(
     return placement
 
 
-def _empty(rows: int, length: int) -> dict[str, np.ndarray]:
-    """The fields of a batch that is all padding."""
+def _empty(rows: int, length: int) -> dict[str, Any]:
+    """The fields of a batch that is all padding; numpy arrays, where TrainBatch says jax arrays."""
     shape = (rows, length)
     integers = ("inputs", "targets", "positions", "segment_ids", "staleness")
-    fields: dict[str, np.ndarray] = {name: np.zeros(shape, np.int32) for name in integers}
+    fields: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in integers}
     fields["loss_mask"] = np.zeros(shape, np.bool_)
     fields["sampler_logprobs"] = np.zeros(shape, np.float32)
     fields["advantages"] = np.zeros(shape, np.float32)
@@ -193,7 +195,7 @@ def _empty_routes(
 
 
 def _write_tokens(
-    batch: dict[str, np.ndarray],
+    batch: dict[str, Any],
     placement: Placement,
     index: int,
     tokens: np.ndarray,

@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxrl_llm.data import sources
+from jaxrl_llm.data import sources, tasks
 from jaxrl_llm.data.tokenizer import Tokenizer
 from jaxrl_llm.types import Prompt
 
@@ -182,21 +183,20 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, split: Split) -> Prom
 
 def prepare(config: DataConfig) -> PromptDataset:
     """The dataset's builder, after writing the dataset if it is not there yet."""
-    builder = _builder(config)
-    if not builder.data_path.exists():
-        pathlib.Path(builder.data_path).parent.mkdir(parents=True, exist_ok=True)
-        settings = tfds.download.DownloadConfig(try_download_gcs=False)
-        # TFDS announces itself on stdout, where a run draws its progress bar.
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                builder.download_and_prepare(download_config=settings)
-            except OSError:
-                # Another process finished the same dataset first: its files are as good as ours.
-                if not builder.data_path.exists():
-                    raise
+    with _quiet():
         builder = _builder(config)
-    return builder
+        if builder.data_path.exists():
+            return builder
+        pathlib.Path(config.data_dir).expanduser().mkdir(parents=True, exist_ok=True)
+        try:
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            )
+        except OSError:
+            # Another process finished the same dataset first: its files are as good as ours.
+            if not builder.data_path.exists():
+                raise
+        return _builder(config)
 
 
 def dataset_digest(config: DataConfig) -> str:
@@ -206,6 +206,9 @@ def dataset_digest(config: DataConfig) -> str:
         identity["size"] = config.size
     if not config.heldout_files:
         identity["heldout_size"] = config.heldout_size
+    if config.kind == "addition":
+        # Some problems stand for the code that makes them: their layout may change with it.
+        identity["problems"] = [dataclasses.astuple(p) for p in tasks.generate(config.seed, 16)]
     if config.kind == "jsonl":
         identity["files"] = [_file_digest(path) for path in config.files]
         identity["heldout_files"] = [_file_digest(path) for path in config.heldout_files]
@@ -270,6 +273,20 @@ def _builder(config: DataConfig) -> PromptDataset:
         config=PromptBuilderConfig(name=dataset_digest(config), data=config),
         file_format="array_record",
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep TFDS from writing to the terminal, where a run draws its progress."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    tfds.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _file_digest(path: str) -> str:

@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import re
 import resource
+import sys
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self
@@ -230,7 +231,8 @@ def _start_pool(config: RewardConfig) -> Any:
 
 
 def _prepare_worker() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    if sys.platform == "linux":  # others refuse the limit
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     # It warns, once a process, that its own time limits are off: ours are on.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 

@@ -4,10 +4,13 @@ What it is: problems, their worked responses, and worked responses with mistakes
 text only. What it is not: the dataset (prompts.py) or the reward (rewards.py).
 
 Everything has a fixed width, so that each character is a function of few earlier ones at fixed
-distances, which a model of two layers learns in a few hundred steps:
+places, which a model of two layers learns in a few hundred steps:
 
-    prompt          347+085=                       operands of three digits, zeros in front
-    demonstration   750248300+...#0432             see COLUMN LAYOUT in `demonstrate`
+    prompt          347+085=              operands of three digits, zeros in front
+    demonstration   751248133004#0432     the columns 7512 4813 3004, a marker, the answer
+
+The columns go from the units up. Each is its two operand digits, the carry out of it and its digit
+of the sum, so a carry or a sum digit depends on two neighbours and the carry three places back.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import dataclasses
 import numpy as np
 
 ALPHABET = "0123456789+=#,"
-"""The characters of prompts and responses; with padding and stop a vocabulary of 16."""
+"""The characters of prompts and responses, and a spare one: with padding and stop a vocabulary of
+16, which divides evenly over devices."""
 
 MARKER = "#"
 """Stands before the answer in a response."""
@@ -62,9 +66,6 @@ def demonstrate(prompt: str) -> str:
 def corrupt(prompt: str, rng: np.random.Generator, share: float) -> str:
     """A worked response in which each scratch digit is wrong with probability `share`.
 
-    COLUMN LAYOUT: the columns are written from the units up; each is its two operand digits, the
-    carry out of it and its digit of the sum, then come MARKER and the answer, copied from the
-    scratch:  347+085=  ->  7512 4813 3004 # 0432  (without the blanks).
     What follows a wrong digit follows from it: a wrong copy of an operand digit is added as
     written, a wrong carry is carried, a wrong digit of the sum is copied into the answer. So a
     model that learns from such text still learns the right rule as the likeliest next token.

@@ -15,6 +15,8 @@ from typing import Literal
 
 import tokenizers
 
+from jaxrl_llm.data.tasks import ALPHABET
+
 UNKNOWN_TEXT = "\ufffd"
 """What an id outside the vocabulary decodes to: models pad their vocabulary and sample there."""
 
@@ -26,7 +28,7 @@ class TokenizerConfig:
     # "character": one token per character of `alphabet`; "file": a Hugging Face tokenizer.json.
     kind: Literal["character", "file"] = "character"
     # character: the characters in id order; ids 0 and 1 are taken by padding and stop.
-    alphabet: str = "0123456789+=#,"
+    alphabet: str = ALPHABET
     # file: path of the tokenizer.json.
     path: str = ""
     # file: tokens that end a response, such as "<|im_end|>" "<|endoftext|>"; the first one ends

@@ -64,9 +64,10 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, open for writing. One at a time may be open on a directory.
 
-    Opening removes what an interrupted save left behind. save() returns once the arrays are copied
-    off the devices, so the state may be donated next; close(), or leaving the context, waits until
-    everything is on disk. A save that failed in the background raises at the next save or close.
+    What an interrupted save left behind is removed before the first save. save() returns once the
+    arrays are copied off the devices, so the state may be donated next; close(), or leaving the
+    context, waits until all is on disk. A save that failed on the way raises at the next save or
+    close.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
@@ -160,14 +161,15 @@ def restore(directory: Path, abstract: TrainState, step: int | None = None) -> C
             return _load(reader, wanted, abstract)
         except _Unusable as cause:
             message = f"{directory / str(wanted)} {cause}"
-        for older in reversed(steps[: steps.index(wanted)]):
+        for older in reversed([step for step in steps if step < wanted]):
             try:
                 _load(reader, older, abstract)
             except _Unusable:
                 continue
+            newer = ", ".join(str(directory / str(step)) for step in steps if step > older)
             raise CheckpointError(
-                f"{message}. The last good checkpoint is of step {older}: to go on from there, "
-                f"delete {directory / str(wanted)} and what is newer"
+                f"{message}. The last good checkpoint is of step {older}: delete {newer} to go on "
+                "from there"
             )
         raise CheckpointError(
             f"{message}. No older checkpoint can be restored: use the settings it was written "
@@ -188,14 +190,16 @@ def _context() -> ocp.Context:
 
 
 def _record(state: TrainState, host: dict[str, Any]) -> dict[str, Any]:
-    checksums = jax.device_get(_checksums(state)).tolist()
-    body = json.dumps({"leaves": _types(state), "checksums": checksums, "host": host})
+    body = json.dumps({"leaves": _types(state), "checksums": _checksums(state), "host": host})
     return {"format": FORMAT, "body": body, "crc32": zlib.crc32(body.encode())}
 
 
 def _load(reader: Any, step: int, abstract: TrainState) -> Checkpoint:
     """Raises _Unusable."""
-    record = _read(reader, step, {"record": None})["record"]
+    try:
+        record = _read(reader, step, {"record": None})["record"]
+    except _Unusable as cause:
+        raise _Unusable(f"is of another program or {cause}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise _Unusable("was not written by this program")
     if zlib.crc32(str(record.get("body")).encode()) != record.get("crc32"):
@@ -210,8 +214,7 @@ def _load(reader: Any, step: int, abstract: TrainState) -> Checkpoint:
             f"{here.get(name, 'absent')} here, and so on for {len(different)} of {len(here)} arrays"
         )
     state = _read(reader, step, {"state": abstract})["state"]
-    checksums = jax.device_get(_checksums(state)).tolist()
-    pairs = zip(here, body["checksums"], checksums, strict=True)
+    pairs = zip(here, body["checksums"], _checksums(state), strict=True)
     changed = [name for name, saved, read in pairs if saved != read]
     if changed:
         raise _Unusable(f"is damaged: {', '.join(changed)} changed since it was saved")
@@ -220,13 +223,13 @@ def _load(reader: Any, step: int, abstract: TrainState) -> Checkpoint:
 
 def _read(reader: Any, step: int, items: dict[str, Any]) -> dict[str, Any]:
     try:
-        return reader.load_checkpointables(step, items)  # type: ignore[no-any-return]
+        return reader.load_checkpointables(step, items)
     except Exception as error:  # Orbax and TensorStore raise all kinds, bare Exception among them
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         reason = " ".join(f"{type(root).__name__}: {root}".split())[:200]
-        raise _Unusable(f"is damaged or of another program: {reason}") from None
+        raise _Unusable(f"is damaged: {reason}") from None
 
 
 def _types(state: TrainState) -> dict[str, str]:
@@ -235,14 +238,14 @@ def _types(state: TrainState) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
+def _checksums(state: TrainState) -> list[int]:
+    """A number for every array: the same on any mesh, and another if one bit of it flips."""
+    return [int(x) for x in jax.device_get([_checksum(x) for x in jax.tree.leaves(state)])]
+
+
 @jax.jit
-def _checksums(state: TrainState) -> Array:
-    """One number for every array, u32[leaves]: the same on any mesh, another if one bit flips."""
-    return jnp.stack([_checksum(leaf) for leaf in jax.tree.leaves(state)])
-
-
 def _checksum(x: Array) -> Array:
-    """Sum of the bytes with odd weights that depend on their index, modulo 2^32.
+    """Sum of the bytes with odd weights that depend on their index, u32[] modulo 2^32.
 
     Integers add in any order, so it does not matter how x is sharded; and an odd weight carries a
     changed bit into the sum whatever the other bytes are.

@@ -85,6 +85,11 @@ class LearnerConfig:
                 "more, or replay to none or r3"
             )
 
+    @property
+    def row_multiple(self) -> int:
+        """The rows of a mini-batch must be a multiple of this; pad with empty rows."""
+        return self.micro_batches * self.mesh.data * self.mesh.fsdp
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +184,8 @@ def make_train_step(
     """The jitted train(state, batch) -> (state, metrics): one update on one mini-batch.
 
     `state` is donated: its arrays are gone after the call. `batch` comes from prepare(), or as
-    collated where learner.old_logprobs is none. Its rows must divide into micro_batches, and those
-    of each over the data and fsdp devices. Raises ValueError, while tracing, for a batch that lacks
+    collated where learner.old_logprobs is none. Its rows must be a multiple of
+    learner.row_multiple. Raises ValueError, while tracing, for a batch that lacks
     what the settings read.
     """
     gradient = make_gradient(model, learner, loss, mesh, temperature=temperature)
@@ -255,6 +260,12 @@ def make_gradient(
         return LossOutput(main.loss + side.loss, metrics)
 
     def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
+        rows, multiple = batch.inputs.shape[0], learner.row_multiple
+        if rows % multiple:
+            raise ValueError(
+                f"the mini-batch has {rows} rows, no multiple of {multiple}, the micro_batches x "
+                "data x fsdp of the settings; pad it with empty rows or change one of these"
+            )
         if learner.old_logprobs == "score" and batch.old_logprobs is None:
             raise ValueError(
                 "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "

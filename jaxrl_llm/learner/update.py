@@ -24,18 +24,11 @@ def split_rows(tree: Any, micro_batches: int) -> Any:
     """Leaves [B, ...] to [micro_batches, B / micro_batches, ...], a row of every device at a time.
 
     Micro-batch m takes rows m, m + micro_batches, ...: each is spread over the devices as the whole
-    batch was, and nothing moves between them. Raises ValueError where the rows do not divide.
+    batch was, and nothing moves between them. B must be a multiple of micro_batches.
     """
 
     def one(leaf: Array) -> Array:
-        rows = leaf.shape[0]
-        if rows % micro_batches:
-            raise ValueError(
-                f"a mini-batch of {rows} rows does not divide into micro_batches = "
-                f"{micro_batches}; change one of them"
-            )
-        parts = leaf.reshape(rows // micro_batches, micro_batches, *leaf.shape[1:])
-        return jnp.moveaxis(parts, 1, 0)
+        return jnp.moveaxis(leaf.reshape(-1, micro_batches, *leaf.shape[1:]), 1, 0)
 
     return jax.tree.map(one, tree)
 

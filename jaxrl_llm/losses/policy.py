@@ -40,7 +40,9 @@ class LossConfig:
     # tokens; sequence = mean over the tokens of a response, then over responses.
     averaging: Literal["response_sum", "token", "sequence"] = "response_sum"
     kl_coefficient: float = 0.0  # weight of KL(pi || reference); above 0 it needs ref_logprobs
-    kl_estimator: Estimator = "k2"  # k2 descends the reverse KL; k3 the forward one; k1 none
+    # As a loss, k2 descends KL(pi || reference), k3 descends KL(reference || pi), and k1 does
+    # nothing in the mean (see kl.py).
+    kl_estimator: Estimator = "k2"
     entropy_coefficient: float = 0.0  # weight of the entropy bonus
     router_z_coefficient: float = 0.0  # weight of the squared log-sum-exp of the router logits
     router_balance_coefficient: float = 0.0  # weight of the load balance loss of the routers

@@ -76,13 +76,17 @@ def attend(query: Array, key: Array, value: Array, visible: Array) -> Array:
     visible is bool[B, Q, S]. Scores are softmaxed in float32.
     """
     batch, queries, heads, size = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, size)
-    scores = jnp.einsum("bqkgp,bskp->bkgqs", grouped, key, preferred_element_type=jnp.float32)
+    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))  # [B, KV, S, P]
+    # The queries that share a key head are more rows of one product, not more products.
+    rows = jnp.swapaxes(query, 1, 2).reshape(batch, key.shape[1], -1, size)
+    scores = jnp.einsum("bkrp,bksp->bkrs", rows, key, preferred_element_type=jnp.float32)
     # Finite, so that a query which sees nothing gives a number and not NaN.
-    scores = jnp.where(visible[:, None, None], scores * size**-0.5, -1e30)
+    hidden = jnp.where(visible, 0.0, -1e30)[:, None]
+    scores = scores.reshape(batch, heads, queries, -1) * size**-0.5 + hidden
     shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgqs,bskp->bqkgp", shares, value).reshape(query.shape)
+    shares = shares.reshape(batch, key.shape[1], -1, key.shape[2])
+    attended = jnp.einsum("bkrs,bksp->bkrp", shares, value)
+    return jnp.swapaxes(attended.reshape(batch, heads, queries, size), 1, 2)
 
 
 def segment_attention(

@@ -1,4 +1,4 @@
-"""Prefill and KV-cache decode of the in-process engine: three jitted functions, fixed shapes.
+"""Prefill and KV-cache decode of the in-process engine: two jitted functions of fixed shapes.
 
 What it is: a second forward pass of the model, over the same parameters, in an inference engine's
 numerics (precision.py). It is written apart from the learner's on purpose: cached and
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,29 +25,12 @@ import jax.numpy as jnp
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.layers import attend, rms_norm, rotary_table, rotate
 from jaxrl_llm.model.moe import route
-from jaxrl_llm.rollout.precision import Precision, quantize, round_wide
+from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, quantize, round_wide
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, sample
 
 Array = jax.Array
-Weights = dict[str, Any]
-"""What pack_weights returns."""
-
 Cache = dict[str, tuple[Array, Array]]
 """Keys and values of each segment, f32[n, R, M, KV, P] each."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Numerics:
-    """The model and how its forward pass is rounded; static under jit."""
-
-    model: ModelConfig
-    precision: Precision
-    router_precision: Literal["same", "float32"]
-
-    @property
-    def router_grid(self) -> Precision:
-        """What the routers' two factors are quantised to."""
-        return "float32" if self.router_precision == "float32" else self.precision
 
 
 @jax.tree_util.register_dataclass
@@ -73,52 +56,6 @@ class Decoded:
     tokens: Leaf  # i32[steps, R]
     logprobs: Leaf  # f32[steps, R]; the last one of a row is not finite if its forward was not
     routes: Leaf  # i16[steps, R, L, K]
-
-
-@partial(jax.jit, static_argnames="numerics")
-def pack_weights(params: Weights, *, numerics: Numerics) -> Weights:
-    """The engine's own weights: rounded once, and fused into few large matrices.
-
-    Quantisation is per matrix as the learner has it (per expert for experts), before fusing:
-    qkv [n, D, (H + 2 KV) P]; gate_up [n, D, 2 E F], all gates then all ups; down [n, E F, D]. A
-    dense layer is fused alike, with E = 1.
-    """
-    precision = numerics.precision
-
-    def pack_segment(blocks: Weights) -> Weights:
-        attention, mlp = blocks["attention"], blocks["mlp"]
-        matrices = {
-            name: quantize(matrix, precision, axis=-2)
-            for name, matrix in {**attention, **mlp}.items()
-            if name in ("q", "k", "v", "o", "gate", "up", "down")
-        }
-        layers, width = blocks["attention_norm"].shape
-        columns = [
-            jnp.moveaxis(matrices[name].reshape(layers, -1, width, matrices[name].shape[-1]), 1, 2)
-            for name in ("gate", "up")
-        ]
-        packed = {
-            "qkv": jnp.concatenate([matrices[name] for name in "qkv"], axis=-1),
-            "o": matrices["o"],
-            "gate_up": jnp.concatenate([c.reshape(layers, width, -1) for c in columns], axis=-1),
-            "down": matrices["down"].reshape(layers, -1, width),
-            "attention_norm": round_wide(blocks["attention_norm"], precision),
-            "mlp_norm": round_wide(blocks["mlp_norm"], precision),
-            "q_norm": round_wide(attention["q_norm"], precision),
-            "k_norm": round_wide(attention["k_norm"], precision),
-        }
-        if "router" in mlp:
-            packed["router"] = quantize(mlp["router"], numerics.router_grid, axis=-2)
-        return packed
-
-    model = numerics.model
-    head = params["embed"].T if model.tie_embeddings else params["head"]
-    return {
-        "embed": round_wide(params["embed"], precision),
-        "segments": {name: pack_segment(blocks) for name, blocks in params["segments"].items()},
-        "final_norm": round_wide(params["final_norm"], precision),
-        "head": round_wide(head, precision),
-    }
 
 
 def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:

@@ -16,19 +16,9 @@ import jax
 import numpy as np
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.rollout.decode import (
-    Cache,
-    Decoded,
-    Numerics,
-    Slots,
-    Weights,
-    decode,
-    empty_cache,
-    pack_weights,
-    prefill,
-)
+from jaxrl_llm.rollout.decode import Cache, Decoded, Slots, decode, empty_cache, prefill
 from jaxrl_llm.rollout.engine import EngineFailure, Params, Request, refusal
-from jaxrl_llm.rollout.precision import Precision
+from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
 from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
 
@@ -40,7 +30,7 @@ class LocalEngineConfig:
     precision: Precision = "float32"  # of weights and activations in every linear layer
     router_precision: Literal["same", "float32"] = "float32"  # of the routers' product
     slots: int = 64  # responses that are decoded together
-    max_length: int = 512  # longest prompt plus response, in tokens
+    max_length: int = 512  # longest prompt plus response, in tokens; every step reads all of it
     prefill_rows: int = 16  # prompts that enter together; decoding pauses when so many can
     prefill_chunk: int = 16  # prompt tokens computed at once; longer prompts take several calls
     decode_steps: int = 32  # most tokens per slot between two visits of the host

@@ -13,12 +13,16 @@ weights with one scale per output channel, activations with one scale per token.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.model.config import ModelConfig
+
 Array = jax.Array
+Weights = dict[str, Any]
 
 Precision = Literal["float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "int4"]
 
@@ -72,12 +76,74 @@ def quantize(x: Array, precision: Precision, *, axis: int) -> Array:
     """One factor of a linear layer, quantised and dequantised: f32 in, f32 of the same shape out.
 
     The scale maps the largest magnitude along `axis`, the one that the product sums over, to the
-    grid's largest number. NaN and infinity come out as NaN.
+    grid's largest number. Where there is a NaN or an infinity, all of `axis` becomes NaN.
     """
     x = round_wide(x, precision)
     if precision in ("float32", "bfloat16"):
         return x
     grid = GRIDS[precision]
     peak = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(peak == 0, 1.0, peak / grid.largest)
-    return grid.round(x / scale) * scale
+    # Reciprocals are written out, since a compiler that introduced them itself would move ties. The
+    # bound keeps the reciprocal of the scale of zeros finite.
+    scale = jnp.maximum(peak * (1.0 / grid.largest), 2.0**-100)
+    return grid.round(x * (1.0 / scale)) * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """The model and how its forward pass is rounded; static under jit."""
+
+    model: ModelConfig
+    precision: Precision
+    router_precision: Literal["same", "float32"]
+
+    @property
+    def router_grid(self) -> Precision:
+        """What the routers' two factors are quantised to."""
+        return "float32" if self.router_precision == "float32" else self.precision
+
+
+@partial(jax.jit, static_argnames="numerics")
+def pack_weights(params: Weights, *, numerics: Numerics) -> Weights:
+    """The engine's own weights: rounded once, and fused into few large matrices.
+
+    Quantisation is per matrix as the learner has it (per expert for experts), before fusing:
+    qkv [n, D, (H + 2 KV) P]; gate_up [n, D, 2 E F], all gates then all ups; down [n, E F, D]. A
+    dense layer is fused alike, with E = 1.
+    """
+    precision = numerics.precision
+
+    def pack_segment(blocks: Weights) -> Weights:
+        attention, mlp = blocks["attention"], blocks["mlp"]
+        matrices = {
+            name: quantize(matrix, precision, axis=-2)
+            for name, matrix in {**attention, **mlp}.items()
+            if name in ("q", "k", "v", "o", "gate", "up", "down")
+        }
+        layers, width = blocks["attention_norm"].shape
+        columns = [
+            jnp.moveaxis(matrices[name].reshape(layers, -1, width, matrices[name].shape[-1]), 1, 2)
+            for name in ("gate", "up")
+        ]
+        packed = {
+            "qkv": jnp.concatenate([matrices[name] for name in "qkv"], axis=-1),
+            "o": matrices["o"],
+            "gate_up": jnp.concatenate([c.reshape(layers, width, -1) for c in columns], axis=-1),
+            "down": matrices["down"].reshape(layers, -1, width),
+            "attention_norm": round_wide(blocks["attention_norm"], precision),
+            "mlp_norm": round_wide(blocks["mlp_norm"], precision),
+            "q_norm": round_wide(attention["q_norm"], precision),
+            "k_norm": round_wide(attention["k_norm"], precision),
+        }
+        if "router" in mlp:
+            packed["router"] = quantize(mlp["router"], numerics.router_grid, axis=-2)
+        return packed
+
+    model = numerics.model
+    head = params["embed"].T if model.tie_embeddings else params["head"]
+    return {
+        "embed": round_wide(params["embed"], precision),
+        "segments": {name: pack_segment(blocks) for name, blocks in params["segments"].items()},
+        "final_norm": round_wide(params["final_norm"], precision),
+        "head": round_wide(head, precision),
+    }

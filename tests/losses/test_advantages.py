@@ -79,6 +79,8 @@ def test_library_and_dtype_are_those_of_the_rewards() -> None:
 def test_refuses_what_is_not_a_table_of_rewards() -> None:
     with pytest.raises(ValueError, match=r"float64\[2\].*bool\[1, 4\]"):
         group_advantages(np.zeros(2), ALL)
+    with pytest.raises(ValueError, match=r"float64\[4\].*bool\[4\]"):
+        group_advantages(np.zeros(4), ALL[0])
     with pytest.raises(ValueError, match=r"valid float64\[1, 4\]"):
         group_advantages(np.zeros((1, 4)), np.ones((1, 4)))
     with pytest.raises(ValueError, match="int64; convert"):

@@ -90,6 +90,6 @@ def test_a_fully_masked_response_is_not_counted(per) -> None:
 
 
 def test_only_constant_has_a_constant() -> None:
-    for per, constant in (("constant", 0.0), ("constant", -1.0), ("token", 3.0)):
+    for per, constant in (("constant", 0.0), ("constant", -1.0), ("token", 3.0), ("token", -3.0)):
         with pytest.raises(ValueError, match="constant is"):
             token_weights(MASK, SEGMENTS, per=per, constant=constant)

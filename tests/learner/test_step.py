@@ -1,0 +1,217 @@
+"""The train step: gradient accumulation, donation, eight devices against one, and that it learns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_llm.arrays import Mean, TrainBatch
+from jaxrl_llm.learner.state import (
+    Optimizer,
+    OptimizerConfig,
+    TrainState,
+    abstract_state,
+    make_optimizer,
+    shardings_of,
+)
+from jaxrl_llm.learner.step import (
+    LearnerConfig,
+    make_gradient,
+    make_policy,
+    make_score_step,
+    make_train_step,
+)
+from jaxrl_llm.losses.policy import LossConfig, policy_loss
+from jaxrl_llm.losses.router import router_loss
+from jaxrl_llm.losses.weights import token_weights
+from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
+from jaxrl_llm.model.transformer import Params
+from jaxrl_llm.sharding import MeshConfig, make_mesh
+from tests.learner.tiny import (
+    MODEL,
+    make_batch,
+    make_params,
+    make_routes,
+    one_device,
+    replace,
+    with_noise,
+    without_some_routes,
+)
+
+# A dense layer and an MoE layer, all parts of the loss, routes for some tokens.
+MIXED = ModelConfig(
+    vocab_size=12,
+    width=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=4,
+    moe=MoEConfig(
+        num_experts=4, experts_per_token=2, expert_width=4, dense_layers=(0,), dense_width=4
+    ),
+)
+LOSS = LossConfig(
+    averaging="sequence",
+    kl_coefficient=0.1,
+    entropy_coefficient=0.02,
+    router_z_coefficient=0.01,
+    router_balance_coefficient=0.05,
+)
+LEARNER = LearnerConfig(
+    mini_batches=2, micro_batches=2, replay="r3", compute=ComputeConfig(logprob_chunk=3)
+)
+# beta1 = 0 leaves the gradient itself in the first moment, to be compared leaf by leaf; a large eps
+# keeps the update proportional to it, where AdamW would turn rounding errors into signs.
+TRANSPARENT = make_optimizer(
+    OptimizerConfig(learning_rate=0.5, beta1=0.0, eps=1.0, clip_norm=float("inf")), 1
+)
+
+
+def make_state(model: ModelConfig, optimizer: Optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+    params = jax.tree.map(jnp.asarray, make_params(model))
+    state = TrainState(jnp.int32(0), params, optimizer.transform.init(params))
+    return jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
+
+
+@pytest.fixture(scope="module")
+def batch() -> TrainBatch:
+    """Off-policy enough for the cap, the clip mask and every other branch to act."""
+    batch = make_batch()
+    policy = jax.jit(make_policy(MIXED, ComputeConfig(), one_device(), temperature=1.0))
+    logprobs = policy(make_params(MIXED), batch, None).logprobs
+    routes = without_some_routes(make_routes(np.random.default_rng(1), MIXED), batch)
+    return replace(
+        batch,
+        old_logprobs=with_noise(logprobs, 0.3, seed=1),
+        ref_logprobs=with_noise(logprobs, 0.5, seed=2),
+        routes=routes,
+    )
+
+
+def values(metrics: dict[str, Mean]) -> dict[str, float]:
+    return {name: float(mean.value()) for name, mean in metrics.items()}
+
+
+def assert_close(left: Params, right: Params) -> None:
+    """Every leaf to 1e-5, relative to it and at least to its largest element's 1e-6."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+
+    def one(path: tuple, a: jax.Array, b: jax.Array) -> None:
+        atol = 1e-6 * float(np.max(np.abs(b)))
+        assert atol > 0, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(one, left, right)
+
+
+@pytest.fixture(scope="module")
+def plain(batch: TrainBatch):
+    """Gradient, loss and metrics of the whole batch at once, written without the learner."""
+    policy = make_policy(MIXED, ComputeConfig(), one_device(), temperature=1.0)
+    weights = token_weights(batch.loss_mask, batch.segment_ids, per="sequence")
+    real = np.asarray(batch.segment_ids) > 0
+    router_weights = jnp.asarray(real / real.sum(), jnp.float32)
+
+    def loss(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
+        logprobs, entropy, router = policy(params, batch, batch.routes)
+        main = policy_loss(logprobs, entropy, batch, weights, LOSS)
+        side = router_loss(router, router_weights, z_coefficient=0.01, balance_coefficient=0.05)
+        return main.loss + side.loss, main.metrics | side.metrics
+
+    (total, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(make_params(MIXED))
+    metrics = values(metrics)
+    for name in ("is_weight/capped_fraction", "clip/high_fraction", "clip/low_fraction"):
+        assert metrics[name] > 0.005, f"the batch leaves {name} untested"
+    return grads, float(total), metrics
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_micro_batches_add_up_to_the_batch(micro_batches: int, batch: TrainBatch, plain) -> None:
+    """Values and gradients, the balance loss included, which is no sum over tokens."""
+    learner = dataclasses.replace(LEARNER, micro_batches=micro_batches)
+    step = jax.jit(make_gradient(MIXED, learner, LOSS, one_device(), temperature=1.0))
+    grads, output = step(make_params(MIXED), batch)
+    assert_close(grads, plain[0])
+    assert float(output.loss) == pytest.approx(plain[1], rel=1e-5)
+    metrics = values(output.metrics)
+    assert 0.3 < metrics.pop("routing/replay_coverage") < 0.9
+    assert metrics == pytest.approx(plain[2], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(batch: TrainBatch):
+    """State and metrics after one update on one device."""
+    return update_on(MeshConfig(), batch)
+
+
+def update_on(config: MeshConfig, batch: TrainBatch) -> tuple[TrainState, dict[str, float]]:
+    mesh = make_mesh(config)
+    learner = dataclasses.replace(LEARNER, mesh=config)
+    train = make_train_step(MIXED, learner, LOSS, TRANSPARENT, mesh, temperature=1.0)
+    state, metrics = train(make_state(MIXED, TRANSPARENT, mesh), batch)
+    assert shardings_of(state) == shardings_of(abstract_state(MIXED, TRANSPARENT, mesh))
+    return state, values(metrics)
+
+
+def test_one_device_updates_with_the_plain_gradient(alone, plain) -> None:
+    state, metrics = alone
+    assert_close(optax.tree.get(state.opt_state, "mu"), plain[0])
+    assert metrics["learner/loss"] == pytest.approx(plain[1], rel=1e-5)
+    assert metrics["learner/grad_norm"] == pytest.approx(float(optax.tree.norm(plain[0])), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=2, fsdp=2, expert=2),
+        MeshConfig(data=2, expert=2, tensor=2),
+        MeshConfig(fsdp=4, tensor=2),
+        MeshConfig(data=8),
+    ],
+    ids=lambda config: "x".join(f"{axis}{n}" for axis, n in vars(config).items() if n > 1),
+)
+def test_eight_devices_do_what_one_does(config: MeshConfig, batch: TrainBatch, alone) -> None:
+    """Loss, metrics, every gradient leaf, every parameter."""
+    state, metrics = update_on(config, batch)
+    assert_close(optax.tree.get(state.opt_state, "mu"), optax.tree.get(alone[0].opt_state, "mu"))
+    assert_close(state.params, alone[0].params)
+    assert int(state.step) == 1
+    assert metrics == pytest.approx(alone[1], rel=1e-5, abs=1e-6)
+
+
+def test_eight_devices_score_as_one_does(batch: TrainBatch) -> None:
+    outputs = []
+    for config in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
+        mesh = make_mesh(config)
+        params = make_state(MIXED, TRANSPARENT, mesh).params
+        outputs.append(make_score_step(MIXED, LEARNER, mesh, temperature=0.7)(params, batch))
+    one, eight = outputs
+    np.testing.assert_allclose(eight.logprobs, one.logprobs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(eight.entropy, one.entropy, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(eight.routes, one.routes)
+    assert values(eight.metrics) == pytest.approx(values(one.metrics), rel=1e-5)
+    assert eight.logprobs.addressable_shards[0].data.shape == (8, 8), "rows split over data"
+
+
+def test_the_state_is_donated_and_the_policy_learns() -> None:
+    """On-policy without scoring: good tokens become likelier than bad ones, update by update."""
+    batch = replace(make_batch(), routes=make_routes(np.random.default_rng(1)))
+    learner = LearnerConfig(old_logprobs="none")
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01), 1)
+    loss = LossConfig(importance="off", averaging="token")
+    train = make_train_step(MODEL, learner, loss, optimizer, one_device(), temperature=1.0)
+    state = make_state(MODEL, optimizer, one_device())
+    losses = []
+    for _ in range(6):
+        previous = state
+        state, metrics = train(state, batch)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(previous))
+        losses.append(values(metrics)["learner/loss"])
+    assert all(later < earlier - 1e-3 for earlier, later in zip(losses, losses[1:], strict=False))
+    found = values(metrics)
+    assert found["policy/ratio_old"] == 1, "pi_old is the current policy"
+    assert found["routing/replay_coverage"] == 0
+    assert 0.3 < found["routing/agreement"] < 0.7, "reported here, for no scoring pass does"

@@ -1,0 +1,232 @@
+"""The engine's forward pass against the learner's, and its quantised layers against references."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.transformer import Params, make_forward, unembed
+from jaxrl_llm.rollout.decode import empty_cache, extend, prefill
+from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
+from tests.reference import precision as reference
+from tests.rollout.engines import MODEL, params
+from tests.rollout.test_precision import PRECISIONS
+
+TOKENS = np.random.default_rng(0).integers(0, MODEL.vocab_size, (24, 16)).astype(np.int32)
+POSITIONS = np.broadcast_to(np.arange(16), TOKENS.shape)
+
+
+def numerics(precision: Precision, model: ModelConfig = MODEL, *, router: str = "same") -> Numerics:
+    return Numerics(model, precision, "float32" if router == "float32" else "same")
+
+
+def learner(weights: Params, model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities f32[B, S, V] and experts [B, S, L, K] of the learner in float32."""
+    forward = jax.jit(make_forward(model, ComputeConfig(dispatch="dense")))
+    output = forward(weights, TOKENS, POSITIONS, np.ones_like(TOKENS), None)
+    logprobs = jax.nn.log_softmax(output.hidden @ unembed(weights, model))
+    return np.asarray(logprobs), np.moveaxis(np.asarray(output.router.experts), 0, 2)
+
+
+def cached(setup: Numerics, weights: Params) -> tuple[np.ndarray, np.ndarray]:
+    """The same of the engine, through its cache in one call."""
+
+    @jax.jit
+    def run(packed: Weights) -> tuple[jax.Array, jax.Array]:
+        cache = empty_cache(setup.model, rows=len(TOKENS), length=TOKENS.shape[1])
+        _, hidden, routes = extend(packed, cache, TOKENS, POSITIONS, None, numerics=setup)
+        return jax.nn.log_softmax(hidden @ packed["head"]), routes
+
+    logprobs, routes = run(pack_weights(weights, numerics=setup))
+    return np.asarray(logprobs), np.asarray(routes)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MODEL,
+        dataclasses.replace(
+            MODEL,
+            tie_embeddings=True,
+            num_kv_heads=4,
+            moe=dataclasses.replace(MODEL.moe, normalize_weights=False, dense_layers=(1,)),
+        ),
+    ],
+    ids=["grouped heads, dense first", "tied, weights not normalised, dense in the middle"],
+)
+def test_float32_equals_the_learner(model: ModelConfig) -> None:
+    weights = params(model=model)
+    expected, experts = learner(weights, model)
+    logprobs, routes = cached(numerics("float32", model), weights)
+    np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+    np.testing.assert_array_equal(routes, experts)
+
+
+def test_a_prompt_in_pieces_and_other_rows_leaves_the_same_cache() -> None:
+    setup = numerics("float32")
+    weights = pack_weights(params(), numerics=setup)
+    rows = np.array([5, 2, 0], np.int32)
+    whole, whole_routes = prefill(
+        weights,
+        empty_cache(MODEL, rows=7, length=20),
+        TOKENS[:3],
+        np.int32(0),
+        rows,
+        numerics=setup,
+    )
+    cache = empty_cache(MODEL, rows=7, length=20)
+    routes = []
+    for start in range(0, 16, 4):
+        piece = np.concatenate([TOKENS[:3], np.zeros_like(TOKENS[:1])])[:, start : start + 4]
+        # The last row does not exist: it must leave no trace.
+        cache, chosen = prefill(
+            weights, cache, piece, np.int32(start), np.append(rows, 7), numerics=setup
+        )
+        routes.append(np.asarray(chosen)[:3])
+    np.testing.assert_array_equal(np.concatenate(routes, axis=1), whole_routes)
+    for piecewise, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(piecewise, expected, atol=1e-5)
+        assert not np.any(np.asarray(piecewise)[:, [1, 3, 4, 6]])
+
+
+def test_divergence_from_float32_grows_with_coarser_precision() -> None:
+    weights = params()
+    expected, experts = learner(weights, MODEL)
+    divergence, agreement = {}, {}
+    for precision in PRECISIONS:
+        logprobs, routes = cached(numerics(precision), weights)
+        divergence[precision] = np.mean(np.sum(np.exp(logprobs) * (logprobs - expected), axis=-1))
+        agreement[precision] = np.mean(np.all(np.sort(routes) == np.sort(experts), axis=-1))
+    assert list(divergence) == sorted(divergence, key=lambda p: divergence[p])
+    assert abs(divergence["float32"]) < 1e-7
+    assert 1e-6 < divergence["bfloat16"] < 0.5 * divergence["int8"]
+    assert divergence["int8"] < 0.5 * divergence["fp8_e4m3"]
+    assert agreement["bfloat16"] > agreement["fp8_e4m3"] > agreement["int4"]
+
+
+def test_a_float32_router_has_the_learners_opinion_of_what_it_is_given() -> None:
+    weights = params()
+    _, experts = learner(weights, MODEL)
+    _, same = cached(numerics("int4"), weights)
+    _, exact = cached(numerics("int4", router="float32"), weights)
+    # The first MoE layer sees inputs of the same error either way.
+    agreement = [
+        np.mean(np.sort(routes[:, :, 0]) == np.sort(experts[:, :, 0])) for routes in (same, exact)
+    ]
+    assert agreement[1] > agreement[0]
+    packed = pack_weights(weights, numerics=numerics("int4", router="float32"))
+    np.testing.assert_array_equal(
+        packed["segments"]["01"]["router"], weights["segments"]["01"]["mlp"]["router"]
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_packed_weights_are_the_reference_quantisation_in_place(precision: Precision) -> None:
+    weights = params()
+    packed = pack_weights(weights, numerics=numerics(precision))
+    blocks, fused = weights["segments"]["01"], packed["segments"]["01"]
+    moe, size = MODEL.moe, MODEL.head_dim
+
+    def quantized(matrix: jax.Array) -> np.ndarray:
+        return reference.quantize(np.asarray(matrix), precision, axis=-2)
+
+    splits = np.cumsum([MODEL.num_heads * size, MODEL.num_kv_heads * size])
+    for name, part in zip("qkv", np.split(np.asarray(fused["qkv"]), splits, axis=-1), strict=True):
+        np.testing.assert_array_equal(part, quantized(blocks["attention"][name]))
+    np.testing.assert_array_equal(fused["o"], quantized(blocks["attention"]["o"]))
+    np.testing.assert_array_equal(fused["router"], quantized(blocks["mlp"]["router"]))
+    inner = np.asarray(fused["gate_up"]).reshape(2, MODEL.width, 2, moe.num_experts, -1)
+    down = np.asarray(fused["down"]).reshape(2, moe.num_experts, moe.expert_width, -1)
+    for expert in range(moe.num_experts):
+        for index, name in enumerate(("gate", "up")):
+            expected = quantized(blocks["mlp"][name][:, expert])
+            np.testing.assert_array_equal(inner[:, :, index, expert], expected)
+        np.testing.assert_array_equal(down[:, expert], quantized(blocks["mlp"]["down"][:, expert]))
+    wide = reference.quantize(np.asarray(weights["embed"]), "bfloat16", -1)
+    np.testing.assert_array_equal(
+        packed["embed"], weights["embed"] if precision == "float32" else wide
+    )
+
+
+def test_both_factors_of_every_product_are_on_the_grid() -> None:
+    """One MoE layer with fp8 numerics, again in numpy, expert by expert and token by token."""
+    precision: Precision = "fp8_e4m3"
+    model = dataclasses.replace(
+        MODEL, num_layers=1, moe=dataclasses.replace(MODEL.moe, dense_layers=())
+    )
+    weights = params(model=model)
+    tokens = TOKENS[:1, :6]
+    setup = numerics(precision, model)
+    packed = pack_weights(weights, numerics=setup)
+    cache = empty_cache(model, rows=1, length=6)
+    run = jax.jit(partial(extend, numerics=setup))
+    _, hidden, routes = run(packed, cache, tokens, POSITIONS[:1, :6], None)
+    expected, experts = _reference_layer(weights, model, tokens[0], precision)
+    np.testing.assert_array_equal(routes[0, :, 0], experts)
+    # bfloat16 has 8 bits: the last may fall either way after sums in another order.
+    np.testing.assert_allclose(hidden[0], expected, rtol=2**-6, atol=2**-7)
+    coarse = reference.quantize(np.asarray(hidden[0]), "bfloat16", -1)
+    np.testing.assert_array_equal(hidden[0], coarse)
+
+
+def _reference_layer(
+    weights: Params, model: ModelConfig, tokens: np.ndarray, precision: str
+) -> tuple[np.ndarray, np.ndarray]:
+    wide = reference.bfloat16
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[0]), weights["segments"]["00"])
+    attention, mlp, size = block["attention"], block["mlp"], model.head_dim
+
+    def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        return wide(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.norm_eps) * scale)
+
+    def product(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+        return reference.quantize(x, precision, -1) @ reference.quantize(matrix, precision, -2)
+
+    def heads(name: str) -> np.ndarray:
+        return wide(product(normed, attention[name])).reshape(len(tokens), -1, size)
+
+    def turn(x: np.ndarray) -> np.ndarray:
+        angles = np.arange(len(x))[:, None] * model.rope_theta ** (-np.arange(0, size, 2) / size)
+        turned = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * np.exp(1j * angles)[:, None]
+        return wide(np.concatenate([turned.real, turned.imag], axis=-1).astype(np.float32))
+
+    hidden = wide(np.asarray(weights["embed"]))[tokens]
+    normed = norm(hidden, block["attention_norm"])
+    query = turn(norm(heads("q"), attention["q_norm"]))
+    key, value = turn(norm(heads("k"), attention["k_norm"])), heads("v")
+    attended = np.zeros_like(query)
+    for s in range(len(tokens)):
+        for h in range(model.num_heads):
+            shared = h // (model.num_heads // model.num_kv_heads)
+            scores = np.exp(key[: s + 1, shared] @ query[s, h] * size**-0.5)
+            attended[s, h] = scores / scores.sum() @ value[: s + 1, shared]
+    change = wide(product(wide(attended).reshape(len(tokens), -1), attention["o"]))
+    hidden = wide(hidden + change)
+    normed = norm(hidden, block["mlp_norm"])
+    logits = product(normed, mlp["router"])
+    experts = np.argsort(-logits, axis=-1, kind="stable")[:, : model.moe.experts_per_token]
+    outputs = np.zeros_like(hidden)
+    for s, chosen in enumerate(experts):
+        shares = np.exp(logits[s, chosen])
+        for expert, share in zip(chosen, shares / shares.sum(), strict=True):
+            gate = wide(product(normed[s : s + 1], mlp["gate"][expert]))
+            up = wide(product(normed[s : s + 1], mlp["up"][expert]))
+            inner = wide(gate / (1 + np.exp(-gate)) * up)
+            outputs[s] += share * product(inner, mlp["down"][expert])[0]
+    final = norm(wide(hidden + wide(outputs)), np.asarray(weights["final_norm"]))
+    return final, experts
+
+
+def test_what_lies_ahead_in_the_cache_does_not_matter() -> None:
+    setup = numerics("float32")
+    weights = pack_weights(params(), numerics=setup)
+    run = jax.jit(partial(extend, numerics=setup))
+    clean = empty_cache(MODEL, rows=2, length=20)
+    spoiled = jax.tree.map(lambda stored: jnp.full_like(stored, jnp.nan), clean)
+    _, expected, _ = run(weights, clean, TOKENS[:2, :4], POSITIONS[:2, :4], None)
+    _, hidden, _ = run(weights, spoiled, TOKENS[:2, :4], POSITIONS[:2, :4], None)
+    np.testing.assert_array_equal(hidden, expected)

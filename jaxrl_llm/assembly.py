@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import zlib
 from pathlib import Path
 
@@ -142,10 +143,10 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
     _check_directory(config)
+    train = load_prompts(config.task.data, tokenizer, "train")
+    _check_size(config, len(train))
     mesh = make_mesh(config.learner.mesh)
-    learner = config.learner
-    cold_optimizer = make_optimizer(config.cold_start.optimizer, config.cold_start.steps)
-    optimizer = make_optimizer(learner.optimizer, config.updates)
+    cold_optimizer, optimizer = _optimizers(config)
     engine = stack.enter_context(contextlib.closing(_engine(config, tokenizer)))
     log = stack.enter_context(RunWriter(config.directory, config.log))
     log.write_config(to_json(config))
@@ -153,13 +154,13 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         config=config,
         mesh=mesh,
         tokenizer=tokenizer,
-        train=load_prompts(config.task.data, tokenizer, "train"),
+        train=train,
         heldout=_heldout(config, tokenizer),
         verifier=stack.enter_context(Verifier(config.task.reward)),
         engine=engine,
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=_steps(config, cold_optimizer, optimizer, mesh),
+        steps=_steps(dataclasses.replace(config, run_dir="", seed=0), mesh),
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
@@ -167,8 +168,19 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     )
 
 
-def _steps(config: RunConfig, cold_optimizer: Optimizer, optimizer: Optimizer, mesh: Mesh) -> Steps:
+def _optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
+    """Of the cold start and of RL."""
+    return (
+        make_optimizer(config.cold_start.optimizer, config.cold_start.steps),
+        make_optimizer(config.learner.optimizer, config.steps * config.learner.mini_batches),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _steps(config: RunConfig, mesh: Mesh) -> Steps:
+    """Cached, so that runs of one process that differ in seed or directory compile once."""
     model, learner, temperature = config.model, config.learner, config.rollout.temperature
+    cold_optimizer, optimizer = _optimizers(config)
     natural = dataclasses.replace(learner, mini_batches=1, replay="none")
     return Steps(
         sft=make_sft_step(model, learner, config.loss, cold_optimizer, mesh),
@@ -249,7 +261,7 @@ def evaluate_checkpoint(
         config.evaluation, samples=samples, prompts=prompts, pass_k=min(pass_k, samples)
     )
     mesh = make_mesh(config.learner.mesh)
-    optimizer = make_optimizer(config.learner.optimizer, config.updates)
+    optimizer = _optimizers(config)[1]
     checkpoint = restore(run_dir / CHECKPOINTS, abstract_state(config.model, optimizer, mesh))
     if checkpoint is None:
         raise ValueError(f"{run_dir} has no checkpoint yet; let the run make one first")
@@ -275,6 +287,21 @@ def _engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
 def _heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
     source = load_prompts(config.task.data, tokenizer, "heldout")
     return tuple(source[index] for index in range(len(source)))
+
+
+def _check_size(config: RunConfig, prompts: int) -> None:
+    """ValueError if a step could draw a prompt twice, which a group cannot be told apart by."""
+    drawn = {
+        "cold_start.batch": config.cold_start.batch if config.cold_start.steps else 0,
+        "rollout.groups times (1 + rollout.buffer.max_staleness)": config.rollout.groups
+        * (1 + config.rollout.buffer.max_staleness),
+    }
+    for name, count in drawn.items():
+        if count > prompts // 2:
+            raise ValueError(
+                f"{name} is {count}, more than half of the {prompts} training prompts; give more "
+                "prompts (task.data) or lower it"
+            )
 
 
 def _check_directory(config: RunConfig) -> None:

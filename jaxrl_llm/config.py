@@ -121,11 +121,6 @@ class RunConfig:
         """The run directory."""
         return Path(self.run_dir.replace("{seed}", str(self.seed)))
 
-    @property
-    def updates(self) -> int:
-        """Optimizer updates of all RL steps: where a learning-rate schedule ends."""
-        return self.steps * self.learner.mini_batches
-
 
 def _check(config: RunConfig) -> None:
     """Contradictions between parts, each with its remedy."""

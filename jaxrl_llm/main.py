@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # libraries that narrate what they do
     console = Console()
     try:
         if len(arguments) >= 2 and arguments[0] == "train" and not arguments[1].startswith("-"):

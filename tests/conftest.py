@@ -3,3 +3,5 @@
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+# With JAX_COMPILATION_CACHE_DIR set, small programs are kept as well: the tests have many of them.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

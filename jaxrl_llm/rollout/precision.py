@@ -7,7 +7,8 @@ any scale, and `precision` the dial of its size.
 
 Every precision but float32 keeps the residual stream, embedding, norms, head and KV cache in
 bfloat16, as production engines do, and puts the two factors of each linear layer on its own grid:
-weights with one scale per output channel, activations with one scale per token.
+weights with one scale per output channel, once per publish (pack_weights), and activations with one
+scale per token, in decode.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jaxrl_llm.model.config import ModelConfig
 
 Array = jax.Array
 Weights = dict[str, Any]
+"""Nested arrays: the learner's parameters, or what pack_weights makes of them."""
 
 Precision = Literal["float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "int4"]
 

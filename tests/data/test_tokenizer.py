@@ -115,7 +115,7 @@ def test_a_bad_tokenizer_file_is_refused_by_name(
     def config(path: str, stop: str) -> TokenizerConfig:
         return TokenizerConfig(kind="file", path=path, stop_tokens=(stop,))
 
-    with pytest.raises(ValueError, match="'nowhere.json' is no file"):
+    with pytest.raises(ValueError, match=r"'nowhere\.json' is no file"):
         make_tokenizer(config("nowhere.json", "a"))
     with pytest.raises(ValueError, match="token '<eos>' is not in"):
         make_tokenizer(config(tokenizer_file, "<eos>"))

@@ -26,7 +26,7 @@ def get_config() -> RunConfig:
     """The quickstart."""
     return RunConfig(
         run_dir="runs/quickstart-{seed}",
-        steps=100,
+        steps=160,
         model=ModelConfig(
             vocab_size=16,
             width=64,
@@ -38,10 +38,16 @@ def get_config() -> RunConfig:
         ),
         task=TaskConfig(data=DataConfig(kind="addition", size=8192, heldout_size=256)),
         cold_start=ColdStartConfig(
-            steps=400,
+            steps=900,
             batch=64,
-            corrupted_share=0.1,
-            optimizer=OptimizerConfig(learning_rate=4e-3),
+            corrupted_share=0.09,
+            optimizer=OptimizerConfig(
+                learning_rate=6e-3,
+                schedule="cosine",
+                warmup_steps=20,
+                final_share=0.05,
+                beta2=0.99,
+            ),
         ),
         rollout=RolloutConfig(
             groups=32,
@@ -54,6 +60,6 @@ def get_config() -> RunConfig:
             replay="r3",
             optimizer=OptimizerConfig(learning_rate=3e-4),
         ),
-        evaluation=EvaluationConfig(samples=4, pass_k=4),
-        checkpoint=CheckpointConfig(every=50),
+        evaluation=EvaluationConfig(every=40, samples=4, pass_k=4),
+        checkpoint=CheckpointConfig(every=100),
     )

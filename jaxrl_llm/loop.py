@@ -56,14 +56,13 @@ def run(config: RunConfig) -> Generator[StepRecord]:
         for records, progress in _steps(job, resume(job)):
             for record in records:
                 job.log.write(record)
-            if job.checkpoints.due(progress.step):
+            if job.checkpoints.due(progress.step) or progress.step == job.last_step:
                 save(job, progress)
             try:
                 yield from records
             except GeneratorExit:
                 save(job, progress)
                 raise
-        save(job, progress)
 
 
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:

@@ -115,19 +115,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, stop_after: int) 
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, tmp_path) -> None:
-    """A copy of the directory while the run goes on is what a kill -9 leaves behind."""
+    """The log is ahead of the newest checkpoint and ends in the line that was being written."""
     config, _ = finished
-    alive = dataclasses.replace(config, run_dir=str(tmp_path / "alive"))
     killed = dataclasses.replace(config, run_dir=str(tmp_path / "killed"))
-    records = loop.run(alive)
-    for record in records:
-        if record.phase == "rl" and record.step == COLD_STEPS + 2:  # past the checkpoint of step 4
-            shutil.copytree(alive.directory, killed.directory)
-            break
-    records.close()
+    run(killed, stop_after=6)
+    shutil.rmtree(killed.directory / "checkpoints" / str(COLD_STEPS + 2))
     with (killed.directory / "metrics.jsonl").open("a") as log:
-        log.write('{"phase": "rl", "st')  # and the line it was writing
-    assert run(killed)
+        log.write('{"phase": "rl", "st')
+    assert run(killed)[0].step == COLD_STEPS + 2
     assert logged(killed.directory) == logged(config.directory)
 
 
@@ -220,7 +215,9 @@ def test_layout_changes_nothing(finished, tmp_path, settings: dict) -> None:
     changed = dataclasses.replace(changed, run_dir=str(tmp_path / "run"), steps=1)
     for left, right in zip(records[:5], run(changed), strict=False):
         assert (left.phase, left.step) == (right.phase, right.step)
-        for metric, value in left.metrics.items():
+        # Not additive: as a metric alone, the balance loss is the mean of the micro-batches'.
+        for metric in left.metrics.keys() - {"router/balance_loss"}:
+            value = left.metrics[metric]
             np.testing.assert_allclose(
                 right.metrics[metric], value, rtol=2e-3, atol=2e-4, err_msg=metric
             )
@@ -252,7 +249,7 @@ class Faulty:
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"strip_routes": True, "fail": False}, "only 7.* of the trained tokens replayed"),
+        ({"strip_routes": True, "fail": False}, r"only \d\d\.\d\d% of the trained tokens replayed"),
         ({"strip_routes": False, "fail": True}, "rollout/failures is 4"),
     ],
 )
@@ -267,5 +264,5 @@ def test_what_an_engine_leaves_out_is_counted_and_said(
     record = next(r for r in run(config) if r.phase == "rl")
     assert len(record.events) == 1
     assert re.search(message, record.events[0])
-    stored = [json.loads(line) for line in (tmp_path / "run/events.jsonl").open()]
-    assert stored[0]["message"] == record.events[0]
+    stored = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert json.loads(stored[0])["message"] == record.events[0]

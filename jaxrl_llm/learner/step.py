@@ -32,11 +32,7 @@ from jaxrl_llm.learner.state import (
     abstract_state,
     shardings_of,
 )
-from jaxrl_llm.learner.update import (
-    accumulate_gradients,
-    apply_gradients,
-    split_rows,
-)
+from jaxrl_llm.learner.update import accumulate_gradients, apply_gradients, split_rows
 from jaxrl_llm.losses.advantages import AdvantageConfig
 from jaxrl_llm.losses.diagnostics import masked_mean, replay_coverage, route_agreement
 from jaxrl_llm.losses.kl import k1, k3
@@ -49,6 +45,7 @@ from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.sharding import MeshConfig, batch_sharding
 
 Replay = Literal["none", "r2", "r3"]
+Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
 TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Mean]]]
 
 
@@ -184,9 +181,8 @@ def make_train_step(
     """The jitted train(state, batch) -> (state, metrics): one update on one mini-batch.
 
     `state` is donated: its arrays are gone after the call. `batch` comes from prepare(), or as
-    collated where learner.old_logprobs is none. Its rows must be a multiple of
-    learner.row_multiple. Raises ValueError, while tracing, for a batch that lacks
-    what the settings read.
+    collated where learner.old_logprobs is none, and has a multiple of learner.row_multiple rows.
+    Raises ValueError, while tracing, for a batch that lacks what the settings read.
     """
     gradient = make_gradient(model, learner, loss, mesh, temperature=temperature)
 
@@ -211,9 +207,6 @@ def jit_update(
     )
 
 
-Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
-
-
 class _Part(NamedTuple):
     """A micro-batch and its token weights, which were computed on the whole mini-batch."""
 
@@ -231,6 +224,7 @@ def make_gradient(
     and router_loss, routing/replay_coverage, and routing/agreement if no scoring pass reports it.
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
+    shardings = shardings_of(abstract_params(model, mesh))
 
     def run(params: Params, batch: TrainBatch) -> tuple[Policy, Array | None]:
         routes = _routes_to_replay(batch, learner.replay)
@@ -260,17 +254,7 @@ def make_gradient(
         return LossOutput(main.loss + side.loss, metrics)
 
     def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
-        rows, multiple = batch.inputs.shape[0], learner.row_multiple
-        if rows % multiple:
-            raise ValueError(
-                f"the mini-batch has {rows} rows, no multiple of {multiple}, the micro_batches x "
-                "data x fsdp of the settings; pad it with empty rows or change one of these"
-            )
-        if learner.old_logprobs == "score" and batch.old_logprobs is None:
-            raise ValueError(
-                "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "
-                "prepare() returns"
-            )
+        _check(batch, learner)
         segments = batch.segment_ids
         weights = token_weights(batch.loss_mask, segments, per=loss.averaging)
         router_weights = token_weights(segments > 0, segments, per="token")
@@ -280,9 +264,25 @@ def make_gradient(
             # The balance loss is no sum over tokens; with the load of all of them it becomes one.
             loads = jax.lax.map(partial(load, params), parts)
             whole_load = jnp.sum(loads, axis=0)
-        return accumulate_gradients(partial(objective, whole_load=whole_load), params, parts)
+        return accumulate_gradients(
+            partial(objective, whole_load=whole_load), params, parts, shardings=shardings
+        )
 
     return gradient
+
+
+def _check(batch: TrainBatch, learner: LearnerConfig) -> None:
+    rows, multiple = batch.inputs.shape[0], learner.row_multiple
+    if rows % multiple:
+        raise ValueError(
+            f"the mini-batch has {rows} rows, no multiple of {multiple}, the micro_batches x data "
+            "x fsdp of the settings; pad it with empty rows or change one of these"
+        )
+    if learner.old_logprobs == "score" and batch.old_logprobs is None:
+        raise ValueError(
+            "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "
+            "prepare() returns"
+        )
 
 
 def _routes_to_replay(batch: TrainBatch, replay: Replay) -> Array | None:

@@ -7,6 +7,7 @@ whose weights were computed on the whole mini-batch, so micro-batches add up to 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ def split_rows(tree: Any, micro_batches: int) -> Any:
 
 
 def accumulate_gradients(
-    objective: Objective, params: Params, parts: Any
+    objective: Objective, params: Params, parts: Any, *, shardings: Any
 ) -> tuple[Params, LossOutput]:
     """Gradient, loss and metrics of an objective summed over parts.
 
@@ -42,6 +43,7 @@ def accumulate_gradients(
       objective: (params, part) -> LossOutput.
       params: differentiated, float32; so are the sums.
       parts: what split_rows returns; one micro-batch is in memory at a time.
+      shardings: of the parameters; the sums have them too, on their way as well as at the end.
     """
 
     def loss(params: Params, part: Any) -> tuple[Array, dict[str, Mean]]:
@@ -50,9 +52,11 @@ def accumulate_gradients(
 
     def add(total: Params, part: Any) -> tuple[Params, LossOutput]:
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, total, gradient), LossOutput(value, metrics)
+        total = place(jax.tree.map(jnp.add, total, gradient))
+        return total, LossOutput(value, metrics)
 
-    gradient, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    place = partial(jax.lax.with_sharding_constraint, shardings=shardings)
+    gradient, outputs = jax.lax.scan(add, place(jax.tree.map(jnp.zeros_like, params)), parts)
     return gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
 
 

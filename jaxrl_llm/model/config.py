@@ -29,6 +29,8 @@ class MoEConfig:
             raise ValueError(f"num_experts is {self.num_experts}; routes are stored as int16")
         if self.expert_width < 1:
             raise ValueError(f"expert_width is {self.expert_width}; it must be positive")
+        if len(set(self.dense_layers)) < len(self.dense_layers):
+            raise ValueError(f"dense_layers, {self.dense_layers}, names a layer twice")
         if self.dense_layers and self.dense_width < 1:
             raise ValueError(
                 f"dense_width is {self.dense_width}, but layers {self.dense_layers} are dense; "
@@ -97,7 +99,7 @@ class ComputeConfig:
     """How a forward pass is computed; beyond rounding it changes no value."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
-    remat: Literal["none", "block", "dots"] = "none"  # recompute layers; dots keeps matmul results
+    remat: Literal["none", "block", "dots"] = "block"  # layers recomputed; dots keeps products
     dispatch: Dispatch = "auto"  # how tokens meet experts; auto picks by backend and batch
     attention_chunk: int = 0  # queries attended at once, to save memory; 0: all of them
     logprob_chunk: int = 256  # positions whose logits exist at once

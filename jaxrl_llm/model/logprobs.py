@@ -40,9 +40,10 @@ def _logprobs(
     flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
     # Accelerators round float32 factors to fewer bits unless told not to.
     logits = jnp.matmul(flat, unembed, precision=jax.lax.Precision.HIGHEST) / temperature
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    # From here on no large numbers cancel: the entropy of a confident policy stays exact.
+    log_shares = jax.nn.log_softmax(logits, axis=-1)
     # A comparison and a sum instead of an index: it stays local when the vocabulary is split.
     chosen = jnp.arange(logits.shape[-1]) == targets.reshape(-1, 1)
-    logprobs = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - normalizer
-    entropy = normalizer - jnp.sum(jnp.exp(logits - normalizer[:, None]) * logits, axis=-1)
+    logprobs = jnp.sum(jnp.where(chosen, log_shares, 0.0), axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_shares) * log_shares, axis=-1)
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

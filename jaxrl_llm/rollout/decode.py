@@ -219,9 +219,10 @@ def _attend(
     if place.rows is not None:
         stored = stored[0][place.rows], stored[1][place.rows]
     visible = jnp.arange(stored[0].shape[1]) <= place.positions[..., None]
-    # Ahead of a row may lie an earlier occupant's NaN, which a share of 0 would not erase.
-    values = jnp.where(visible[:, -1, :, None, None], stored[1], 0.0)
-    attended = round_wide(attend(query, stored[0], values, visible), precision)
+    # Ahead of a row may lie an earlier occupant's NaN, which a mask and a share of 0 do not erase.
+    reached = visible[:, -1, :, None, None]
+    keys, values = (jnp.where(reached, part, 0.0) for part in stored)
+    attended = round_wide(attend(query, keys, values, visible), precision)
     return _linear(attended.reshape(*attended.shape[:2], -1), block["o"], precision)
 
 

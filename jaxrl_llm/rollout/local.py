@@ -215,8 +215,9 @@ class LocalEngine:
                 queue.append(request)
             else:
                 yield failure
-        stop_count = max((len(r.sampling.stop_token_ids) for r in queue), default=0)
-        table = _SlotTable(config.slots, max(stop_count, 1))
+        # At least four, so that calls with few stop ids and with none share one compilation.
+        stop_count = max([4, *(len(request.sampling.stop_token_ids) for request in queue)])
+        table = _SlotTable(config.slots, stop_count)
         cache = empty_cache(model, rows=config.slots, length=config.max_length)
         while queue or table.occupied:
             published = self._weights()

@@ -17,7 +17,7 @@ from jaxrl_llm.learner.state import (
 )
 from jaxrl_llm.learner.update import apply_gradients
 from jaxrl_llm.sharding import MeshConfig, make_mesh
-from tests.learner.tiny import MODEL, one_device
+from tests.learner.tiny import MODEL, make_params, one_device
 from tests.reference.optimizer import AdamW
 
 
@@ -127,7 +127,10 @@ def test_a_fresh_optimizer_keeps_the_parameters() -> None:
     first = make_optimizer(OptimizerConfig(), 1)
     second = make_optimizer(OptimizerConfig(schedule="cosine"), 9)
     mesh = make_mesh(MeshConfig(fsdp=2))
-    state = init_state(MODEL, first, mesh, jax.random.key(0))
+    shardings = shardings_of(abstract_state(MODEL, first, mesh))
+    params = jax.tree.map(jnp.asarray, make_params())
+    state = TrainState(jnp.int32(0), params, first.transform.init(params))
+    state = jax.device_put(state, shardings)
     used = TrainState(state.step + 5, state.params, jax.tree.map(lambda x: x + 1, state.opt_state))
     fresh = fresh_optimizer_state(used, second)
     assert int(fresh.step) == 0

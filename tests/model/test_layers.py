@@ -1,0 +1,81 @@
+"""The common layers against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.model import layers
+from tests.reference import model as reference
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_rms_norm_equals_the_reference() -> None:
+    x, scale = normal(3, 5, 8) * 10, normal(8, seed=1)
+    wanted = reference.rms_norm(x.astype(np.float64), scale, 1e-2)
+    np.testing.assert_allclose(layers.rms_norm(x, scale, 1e-2), wanted, rtol=1e-5)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
+    x = jnp.asarray(normal(4, 512), jnp.bfloat16)
+    normed = layers.rms_norm(x, jnp.ones(512), 1e-6)
+    wanted = reference.rms_norm(np.asarray(x, np.float64), np.ones(512), 1e-6)
+    assert normed.dtype == jnp.bfloat16
+    # Half a unit in the last place of a bfloat16, so rounded once and not on the way.
+    np.testing.assert_allclose(np.asarray(normed, np.float64), wanted, rtol=2.0**-8)
+
+
+def test_rotation_equals_the_reference_and_is_one() -> None:
+    heads, positions = normal(2, 3, 2, 8), np.array([[0, 1, 7], [4000, 2, 30000]], np.int32)
+    rotated = layers.rotate(heads, layers.rotary_table(positions, 8, 1e4))
+    for index in np.ndindex(2, 3, 2):
+        wanted = reference.rotate(heads[index].astype(np.float64), positions[index[:2]], 1e4)
+        # The angle itself is a float32: 30,000 radians are known to about 1e-3.
+        np.testing.assert_allclose(rotated[index], wanted, atol=5e-3)
+    np.testing.assert_array_equal(rotated[0, 0], heads[0, 0])
+    np.testing.assert_allclose(
+        np.linalg.norm(rotated, axis=-1), np.linalg.norm(heads, axis=-1), rtol=1e-5
+    )
+
+
+def test_grouped_attention_equals_a_loop_over_heads() -> None:
+    query, key, value = normal(2, 3, 6, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
+    visible = np.random.default_rng(3).random((2, 3, 5)) < 0.5
+    visible[..., 0] = True
+    output = layers.attend(query, key, value, visible)
+    for b, q, h in np.ndindex(2, 3, 6):
+        scores = key[b, :, h // 3].astype(np.float64) @ query[b, q, h] / 2
+        shares = reference.softmax(np.where(visible[b, q], scores, -np.inf))
+        np.testing.assert_allclose(output[b, q, h], shares @ value[b, :, h // 3], rtol=1e-4)
+
+
+def test_a_query_that_sees_nothing_is_finite() -> None:
+    visible = np.zeros((1, 2, 2), bool)
+    output, gradient = jax.value_and_grad(
+        lambda q: jnp.sum(layers.attend(q, q, q, visible)), argnums=0
+    )(normal(1, 2, 1, 4))
+    assert np.isfinite(output)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_chunks_of_queries_change_neither_value_nor_gradient() -> None:
+    arrays = normal(2, 7, 4, 4), normal(2, 7, 2, 4, seed=1), normal(2, 7, 2, 4, seed=2)
+    segment_ids = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    probe = normal(2, 7, 4, 4, seed=3)
+
+    def total(chunk: int, *qkv: jax.Array) -> jax.Array:
+        return jnp.sum(probe * layers.segment_attention(*qkv, segment_ids, chunk=chunk))
+
+    whole = jax.value_and_grad(total, argnums=(1, 2, 3))(0, *arrays)
+    for chunk in (3, 7):
+        parts = jax.value_and_grad(total, argnums=(1, 2, 3))(chunk, *arrays)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole)
+
+
+def test_map_chunks_joins_outputs_of_any_rank() -> None:
+    x = normal(2, 7, 3)
+    doubled, sums = layers.map_chunks(lambda part: (2 * part, part.sum(-1)), (x,), chunk=3)
+    np.testing.assert_array_equal(doubled, 2 * x)
+    np.testing.assert_allclose(sums, x.sum(-1), rtol=1e-6)

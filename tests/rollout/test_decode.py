@@ -1,7 +1,7 @@
 """The engine's forward pass against the learner's, and its quantised layers against references."""
 
 import dataclasses
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,18 @@ def numerics(precision: Precision, model: ModelConfig = MODEL, *, router: str = 
     return Numerics(model, precision, "float32" if router == "float32" else "same")
 
 
-def learner(weights: Params, model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def learner(model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities f32[B, S, V] and experts [B, S, L, K] of the learner in float32."""
+    weights = params(model=model)
     forward = jax.jit(make_forward(model, ComputeConfig(dispatch="dense")))
     output = forward(weights, TOKENS, POSITIONS, np.ones_like(TOKENS), None)
     logprobs = jax.nn.log_softmax(output.hidden @ unembed(weights, model))
     return np.asarray(logprobs), np.moveaxis(np.asarray(output.router.experts), 0, 2)
 
 
-def cached(setup: Numerics, weights: Params) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache
+def through_cache(setup: Numerics) -> tuple[np.ndarray, np.ndarray]:
     """The same of the engine, through its cache in one call."""
 
     @jax.jit
@@ -41,7 +44,7 @@ def cached(setup: Numerics, weights: Params) -> tuple[np.ndarray, np.ndarray]:
         _, hidden, routes = extend(packed, cache, TOKENS, POSITIONS, None, numerics=setup)
         return jax.nn.log_softmax(hidden @ packed["head"]), routes
 
-    logprobs, routes = run(pack_weights(weights, numerics=setup))
+    logprobs, routes = run(pack_weights(params(model=setup.model), numerics=setup))
     return np.asarray(logprobs), np.asarray(routes)
 
 
@@ -59,9 +62,8 @@ def cached(setup: Numerics, weights: Params) -> tuple[np.ndarray, np.ndarray]:
     ids=["grouped heads, dense first", "tied, weights not normalised, dense in the middle"],
 )
 def test_float32_equals_the_learner(model: ModelConfig) -> None:
-    weights = params(model=model)
-    expected, experts = learner(weights, model)
-    logprobs, routes = cached(numerics("float32", model), weights)
+    expected, experts = learner(model)
+    logprobs, routes = through_cache(numerics("float32", model))
     np.testing.assert_allclose(logprobs, expected, atol=1e-4)
     np.testing.assert_array_equal(routes, experts)
 
@@ -94,11 +96,10 @@ def test_a_prompt_in_pieces_and_other_rows_leaves_the_same_cache() -> None:
 
 
 def test_divergence_from_float32_grows_with_coarser_precision() -> None:
-    weights = params()
-    expected, experts = learner(weights, MODEL)
+    expected, experts = learner(MODEL)
     divergence, agreement = {}, {}
     for precision in PRECISIONS:
-        logprobs, routes = cached(numerics(precision), weights)
+        logprobs, routes = through_cache(numerics(precision))
         divergence[precision] = np.mean(np.sum(np.exp(logprobs) * (logprobs - expected), axis=-1))
         agreement[precision] = np.mean(np.all(np.sort(routes) == np.sort(experts), axis=-1))
     assert list(divergence) == sorted(divergence, key=lambda p: divergence[p])
@@ -109,15 +110,15 @@ def test_divergence_from_float32_grows_with_coarser_precision() -> None:
 
 
 def test_a_float32_router_has_the_learners_opinion_of_what_it_is_given() -> None:
-    weights = params()
-    _, experts = learner(weights, MODEL)
-    _, same = cached(numerics("int4"), weights)
-    _, exact = cached(numerics("int4", router="float32"), weights)
+    _, experts = learner(MODEL)
+    _, same = through_cache(numerics("int4"))
+    _, exact = through_cache(numerics("int4", router="float32"))
     # The first MoE layer sees inputs of the same error either way.
     agreement = [
         np.mean(np.sort(routes[:, :, 0]) == np.sort(experts[:, :, 0])) for routes in (same, exact)
     ]
     assert agreement[1] > agreement[0]
+    weights = params()
     packed = pack_weights(weights, numerics=numerics("int4", router="float32"))
     np.testing.assert_array_equal(
         packed["segments"]["01"]["router"], weights["segments"]["01"]["mlp"]["router"]
@@ -163,7 +164,7 @@ def test_both_factors_of_every_product_are_on_the_grid() -> None:
     setup = numerics(precision, model)
     packed = pack_weights(weights, numerics=setup)
     cache = empty_cache(model, rows=1, length=6)
-    run = jax.jit(partial(extend, numerics=setup))
+    run = jax.jit(functools.partial(extend, numerics=setup))
     _, hidden, routes = run(packed, cache, tokens, POSITIONS[:1, :6], None)
     expected, experts = _reference_layer(weights, model, tokens[0], precision)
     np.testing.assert_array_equal(routes[0, :, 0], experts)
@@ -224,7 +225,7 @@ def _reference_layer(
 def test_what_lies_ahead_in_the_cache_does_not_matter() -> None:
     setup = numerics("float32")
     weights = pack_weights(params(), numerics=setup)
-    run = jax.jit(partial(extend, numerics=setup))
+    run = jax.jit(functools.partial(extend, numerics=setup))
     clean = empty_cache(MODEL, rows=2, length=20)
     spoiled = jax.tree.map(lambda stored: jnp.full_like(stored, jnp.nan), clean)
     _, expected, _ = run(weights, clean, TOKENS[:2, :4], POSITIONS[:2, :4], None)

@@ -4,7 +4,7 @@
     hardware   2 cores, no accelerator
     expect     see the README's "What to expect"
 
-A Qwen3-style MoE of about 130 thousand parameters starts from random weights. Demonstrations with
+A Qwen3-style MoE of 126 thousand parameters starts from random weights. Demonstrations with
 wrong scratch digits teach it the format and the skill but leave its samples unreliable; MiniRL with
 a binary verified reward makes them reliable. The engine samples in fp8, so every part of the method
 has something to do: importance sampling corrects for the engine's numerics, two mini-batches per

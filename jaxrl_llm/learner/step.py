@@ -1,7 +1,7 @@
 """The jitted steps of RL: score a rollout batch, then update on each of its mini-batches.
 
 What it is: the one place where model, loss, routing replay and optimizer meet. Which factor of
-PAPER.md eq. 8 uses which experts is decided here and nowhere else:
+arXiv 2512.01374, eq. 8, uses which experts is decided here and nowhere else:
 
     replay   pi_old (score step)        pi (train step)
     none     its own routing            its own routing

@@ -1,4 +1,4 @@
-"""The MiniRL loss (PAPER.md), and the settings of its parts.
+"""The MiniRL loss (arXiv 2512.01374), and the settings of its parts.
 
     loss = - sum over tokens of  weights * M * sg(w) * A * log pi
            + kl_coefficient      * sum of  weights * sg(w) * kl
@@ -116,7 +116,7 @@ def policy_loss(
 
 
 class _LogRatios(NamedTuple):
-    """Logarithms of PAPER eq. 5, without gradients: sampler = mismatch + staleness."""
+    """Logarithms of the ratios of eq. 5, without gradients: sampler = mismatch + staleness."""
 
     sampler: Array  # f32[B, S], pi / mu
     mismatch: Array  # f32[B, S], pi_old / mu

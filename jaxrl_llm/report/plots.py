@@ -82,7 +82,7 @@ PANELS = (
     ),
     Panel(
         "clip",
-        "Tokens without gradient (share)",
+        "Tokens clipped or capped (share)",
         "Masked by the clip on either side, and weights that the cap changed.",
         (
             ("clip/high_fraction", "clipped, too likely", ORANGE),

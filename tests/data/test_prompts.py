@@ -176,6 +176,7 @@ def test_a_changed_file_or_setting_is_another_dataset(tmp_path: pathlib.Path) ->
         DataConfig(heldout_size=5),
         DataConfig(kind="reasoning_gym", task="chain_sum"),
         DataConfig(kind="reasoning_gym", task="chain_sum", task_settings='{"max_terms": 3}'),
+        DataConfig(kind="reasoning_gym", task="chain_sum", seed=1),
         DataConfig(kind="reasoning_gym", task="base_conversion"),
     ]
     assert len({dataset_digest(variant) for variant in variants}) == len(variants)

@@ -1,4 +1,4 @@
-"""Routing replay: which factor of PAPER.md eq. 8 uses which experts."""
+"""Routing replay: which factor of arXiv 2512.01374, eq. 8, uses which experts."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ from jaxrl_llm.learner.step import (
     Replay,
     ScoreOutput,
     make_gradient,
-    make_policy,
     make_score_step,
     prepare,
 )
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.config import ComputeConfig
+from jaxrl_llm.model.transformer import Params, make_forward
 from tests.learner.tiny import (
     MODEL,
     make_batch,
@@ -43,9 +43,18 @@ def learner(replay: Replay) -> LearnerConfig:
 
 @pytest.fixture(scope="module")
 def policy():
-    """policy(params, routes) -> what the model says of BATCH, without the learner's steps."""
-    run = jax.jit(make_policy(MODEL, ComputeConfig(), one_device(), temperature=TEMPERATURE))
-    return lambda params, routes: run(params, BATCH, routes)
+    """policy(params, routes) -> what the model says of BATCH, written without the learner."""
+    forward = make_forward(MODEL, ComputeConfig())
+
+    @jax.jit
+    def run(params: Params, routes: Array | None) -> Policy:
+        output = forward(params, BATCH.inputs, BATCH.positions, BATCH.segment_ids, routes)
+        distribution = jax.nn.log_softmax(output.hidden @ params["head"] / TEMPERATURE)
+        logprobs = jnp.take_along_axis(distribution, BATCH.targets[..., None], axis=-1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(distribution) * distribution, axis=-1)
+        return Policy(logprobs, entropy, output.router)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +72,9 @@ def gradient():
     """gradient(replay, params, batch)."""
     steps = {
         replay: jax.jit(
-            make_gradient(MODEL, learner(replay), LossConfig(), one_device(), temperature=0.8)
+            make_gradient(
+                MODEL, learner(replay), LossConfig(), one_device(), temperature=TEMPERATURE
+            )
         )
         for replay in ("none", "r2", "r3")
     }

@@ -1,6 +1,7 @@
-"""The whole model: against float64 numpy, packed and unpacked, replayed, on one device and eight."""
+"""The whole model against float64 numpy: packed, replayed, recomputed, on one device and eight."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -37,26 +38,30 @@ TIED = dataclasses.replace(
 FLOAT32 = ComputeConfig(remat="none")
 
 
-def run(
-    config: ModelConfig, inputs: np.ndarray, routes: np.ndarray | None = None
-) -> tuple[ForwardOutput, jax.Array]:
-    """Forward pass of rows that hold one sequence each, and log-probabilities of `inputs`."""
+@functools.cache
+def scoring(config: ModelConfig) -> Any:
+    """(params, inputs, routes) -> forward pass and log-probabilities of `inputs` themselves."""
 
-    def program(params: Params) -> tuple[ForwardOutput, jax.Array]:
+    def program(
+        params: Params, inputs: jax.Array, routes: jax.Array | None
+    ) -> tuple[ForwardOutput, jax.Array]:
         output = make_forward(config, FLOAT32)(params, *one_segment(inputs), routes)
         logprobs, _ = token_logprobs(
             output.hidden, unembed(params, config), inputs, temperature=1.0, chunk=4
         )
         return output, logprobs
 
-    return jax.jit(program)(params(config))
+    return jax.jit(program)
 
 
 # -------------------------------------------------------------------------- against the reference
 
 
-@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("replayed", ["none", "all", "some"])
+@pytest.mark.parametrize(
+    ("config", "replayed"),
+    [(TINY, "none"), (TINY, "all"), (TINY, "some"), (TIED, "some")],
+    ids=["none", "all", "some", "some-tied"],
+)
 def test_values_equal_the_reference(config: ModelConfig, replayed: str) -> None:
     """MoE and dense layers mixed: routes belong to MoE layers in global order."""
     inputs = tokens(2, 6)
@@ -64,7 +69,7 @@ def test_values_equal_the_reference(config: ModelConfig, replayed: str) -> None:
     if routes is not None and replayed == "some":
         routes[0, 2] = NO_ROUTE  # one token in all layers
         routes[1, :, 1] = NO_ROUTE  # one layer for all tokens
-    output, logprobs = run(config, inputs, routes)
+    output, logprobs = scoring(config)(params(config), inputs, routes)
     wide = reference.to_float64(params(config))
     for row in range(2):
         hidden, logits, experts, weights = reference.forward(
@@ -90,10 +95,7 @@ def test_gradients_equal_differences_of_the_reference(config: ModelConfig) -> No
     on_weights = random.standard_normal((config.num_moe_layers, 5, config.moe.experts_per_token))
 
     def total(params: Params) -> jax.Array:
-        output = make_forward(config, FLOAT32)(params, *one_segment(inputs), routes)
-        logprobs, _ = token_logprobs(
-            output.hidden, unembed(params, config), inputs, temperature=1.0, chunk=4
-        )
+        output, logprobs = scoring(config)(params, inputs, routes)
         router = output.router
         return (
             jnp.sum(on_logprobs * logprobs[0])
@@ -150,7 +152,7 @@ def released_params() -> Any:
 
 
 def test_values_equal_the_released_implementation() -> None:
-    """Log-probabilities of the next token from transformers 5.23.0, Qwen3MoeForCausalLM, float64."""
+    """Next-token log-probabilities of Qwen3MoeForCausalLM, transformers 5.23.0, in float64."""
     wanted = [
         *(-3.31402, -4.42472, -3.64843, -3.76556, -3.69223, -3.09087),
         *(-4.39777, -2.68989, -3.93814, -3.29680, -4.22656),
@@ -158,7 +160,7 @@ def test_values_equal_the_released_implementation() -> None:
     inputs = (np.arange(11, dtype=np.int32) * 7 % 29)[None]
     wide = released_params()
     narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), wide)
-    output = make_forward(RELEASED, FLOAT32)(narrow, *one_segment(inputs), None)
+    output = jax.jit(make_forward(RELEASED, FLOAT32))(narrow, *one_segment(inputs), None)
     found, _ = token_logprobs(
         output.hidden, narrow["head"], np.roll(inputs, -1), temperature=1.0, chunk=64
     )
@@ -168,11 +170,11 @@ def test_values_equal_the_released_implementation() -> None:
 # -------------------------------------------------------------------------------------- packing
 
 
-def packed() -> dict[str, np.ndarray]:
-    """Sequences of 5, 4 and 2 tokens in rows of 9, and the same ones in rows of their own."""
+def packed() -> dict[str, tuple[np.ndarray, ...]]:
+    """Sequences of 5, 4 and 2 tokens in two rows and a row of padding, and in rows of their own."""
     a, b, c = tokens(1, 5, seed=1)[0], tokens(1, 4, seed=2)[0], tokens(1, 2, seed=3)[0]
-    together = np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32), np.zeros((2, 9), np.int32)
-    apart = np.zeros((3, 9), np.int32), np.zeros((3, 9), np.int32), np.zeros((3, 9), np.int32)
+    together = tuple(np.zeros((3, 9), np.int32) for _ in range(3))
+    apart = tuple(np.zeros((3, 9), np.int32) for _ in range(3))
     places = [(a, (0, 0), 1), (b, (0, 5), 2), (c, (1, 0), 1)]
     for alone, (sequence, (row, start), segment) in enumerate(places):
         for (inputs, positions, ids), at, first, number in (
@@ -186,7 +188,7 @@ def packed() -> dict[str, np.ndarray]:
 
 
 def test_packed_rows_equal_unpacked_ones() -> None:
-    """Values and gradients: sums over real tokens agree although rows and padding differ."""
+    """Values and gradients: sums over real tokens agree, whatever padding there is besides."""
     layouts = packed()
 
     def total(params: Params, layout: Any) -> tuple[jax.Array, Any]:
@@ -197,10 +199,8 @@ def test_packed_rows_equal_unpacked_ones() -> None:
         loss += jnp.sum(jnp.where(real, jnp.square(output.router.logits), 0.0))
         return loss, output
 
-    results = {
-        name: jax.jit(jax.value_and_grad(total, has_aux=True))(params(), layout)
-        for name, layout in layouts.items()
-    }
+    gradient = jax.jit(jax.value_and_grad(total, has_aux=True))
+    results = {name: gradient(params(), layout) for name, layout in layouts.items()}
     one, other = (results[name][0][1].hidden for name in ("together", "apart"))
     np.testing.assert_allclose(one[0, :5], other[0, :5], atol=1e-5)
     np.testing.assert_allclose(one[0, 5:9], other[1, :4], atol=1e-5)
@@ -228,38 +228,30 @@ def test_a_token_depends_on_the_earlier_ones_of_its_segment_only() -> None:
     assert not padding[0].any()
 
 
-def test_rows_of_padding_alone_are_finite() -> None:
-    zeros = np.zeros((1, 4), np.int32)
+# ------------------------------------------------------------------------------------- computing
+
+
+@functools.cache
+def gradient_of(compute: ComputeConfig) -> Any:
+    inputs, routes = tokens(2, 6), some_routes(2, 6)
 
     def total(params: Params) -> jax.Array:
-        return jnp.sum(make_forward(TINY, FLOAT32)(params, zeros, zeros, zeros, None).hidden)
+        output = make_forward(TINY, compute)(params, *one_segment(inputs), routes)
+        return jnp.sum(jnp.sin(output.hidden)) + jnp.sum(jnp.sin(output.router.logits))
 
-    value, gradients = jax.jit(jax.value_and_grad(total))(params())
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, gradients)))
-
-
-# ------------------------------------------------------------------------------------- computing
+    return jax.jit(jax.value_and_grad(total))(params())
 
 
 @pytest.mark.parametrize(
     "compute",
     [
-        ComputeConfig(remat="block"),
-        ComputeConfig(remat="dots"),
         ComputeConfig(remat="block", attention_chunk=4, dispatch="ragged"),
-        ComputeConfig(remat="none", dispatch="dense"),
+        ComputeConfig(remat="dots", dispatch="dense"),
     ],
-    ids=["block", "dots", "chunked-ragged", "dense"],
+    ids=["block-chunked-ragged", "dots-dense"],
 )
 def test_how_it_is_computed_changes_no_gradient(compute: ComputeConfig) -> None:
-    inputs, routes = tokens(2, 6), some_routes(2, 6)
-
-    def total(params: Params, compute: ComputeConfig) -> jax.Array:
-        output = make_forward(TINY, compute)(params, *one_segment(inputs), routes)
-        return jnp.sum(jnp.sin(output.hidden)) + jnp.sum(jnp.sin(output.router.logits))
-
-    gradient = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    assert_close(gradient(params(), compute), gradient(params(), FLOAT32), 1e-5)
+    assert_close(gradient_of(compute), gradient_of(FLOAT32), 1e-5)
 
 
 def test_remat_keeps_only_the_input_of_a_layer() -> None:
@@ -277,25 +269,24 @@ def test_remat_keeps_only_the_input_of_a_layer() -> None:
     moe = TINY.moe
     hidden, router = (2, 3, 6, TINY.width), (2, 3, 6, moe.num_experts)
     assert stacked(ComputeConfig(remat="block")) == {hidden, router, (2, 3, 6, 2)}
-    assert (2, 3, 6, TINY.num_heads, TINY.head_dim // 2) in stacked(FLOAT32)
+    assert (2, 3, 6, TINY.num_heads, 1) in stacked(FLOAT32)
 
 
 def test_bfloat16_stays_near_and_keeps_the_router_in_float32() -> None:
     inputs, routes = tokens(2, 6), some_routes(2, 6)
-    low = make_forward(TINY, ComputeConfig(dtype="bfloat16"))(
-        params(), *one_segment(inputs), routes
-    )
-    high = make_forward(TINY, FLOAT32)(params(), *one_segment(inputs), routes)
+    forward = make_forward(TINY, ComputeConfig(dtype="bfloat16"))
+    low = jax.jit(forward)(params(), *one_segment(inputs), routes)
+    high, _ = scoring(TINY)(params(), inputs, routes)
     assert low.hidden.dtype == jnp.bfloat16
     assert low.router.logits.dtype == low.router.weights.dtype == jnp.float32
     np.testing.assert_allclose(low.hidden.astype(jnp.float32), high.hidden, atol=0.15)
     assert np.any(np.asarray(low.router.logits) != np.asarray(low.router.logits, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 4, 1), (1, 2, 2, 2), (4, 2, 1, 1)], ids=str)
+@pytest.mark.parametrize("axes", [(2, 1, 4, 1), (1, 2, 2, 2)], ids=str)
 def test_eight_devices_give_the_numbers_of_one(axes: tuple[int, ...]) -> None:
     config = dataclasses.replace(
-        TINY, num_layers=3, moe=dataclasses.replace(TINY.moe, dense_layers=(0,))
+        TINY, num_layers=2, moe=dataclasses.replace(TINY.moe, dense_layers=(0,))
     )
     inputs, routes = tokens(8, 6), some_routes(8, 6, config)
     routes[:4] = NO_ROUTE

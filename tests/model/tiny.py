@@ -42,10 +42,10 @@ def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, (rows, length), np.int32)
 
 
-def one_segment(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def one_segment(inputs: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """inputs, positions and segment ids of rows that hold one sequence each, without padding."""
     positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-    return inputs, positions, np.ones_like(inputs)
+    return inputs, positions, np.ones(inputs.shape, np.int32)
 
 
 def some_routes(rows: int, length: int, config: ModelConfig = TINY, seed: int = 0) -> np.ndarray:

@@ -139,7 +139,7 @@ def forward(
 ) -> tuple[Array, Array, Array, Array]:
     """One sequence: tokens[S], routes[S, L, K] or None.
 
-    Returns hidden [S, D] and, per MoE layer, router logits [L, S, E], experts and weights [L, S, K].
+    Returns hidden [S, D], router logits [L, S, E], experts and weights [L, S, K].
     """
     moe = config.moe
     hidden = params["embed"][tokens]

@@ -27,9 +27,14 @@ CONFIG = LocalEngineConfig(slots=4, max_length=32, prefill_rows=2, prefill_chunk
 
 
 def params(seed: int = 0, model: ModelConfig = MODEL) -> Params:
-    """Random weights, large enough for attention, routers and head to have opinions."""
-    drawn = init_params(model, jax.random.key(seed))
-    return jax.tree.map(lambda leaf: leaf * 1.5 if leaf.ndim > 2 else leaf, drawn)
+    """Random weights: norm scales that differ, matrices that give the layers opinions."""
+    rng = np.random.default_rng(seed)
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        scale = np.exp(0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        return leaf * scale * (1.5 if leaf.ndim > 2 else 1.0)
+
+    return jax.tree.map(vary, init_params(model, jax.random.key(seed)))
 
 
 def engine(config: LocalEngineConfig = CONFIG, *, version: int = 0, seed: int = 0) -> LocalEngine:

@@ -168,8 +168,9 @@ def test_both_factors_of_every_product_are_on_the_grid() -> None:
     _, hidden, routes = run(packed, cache, tokens, POSITIONS[:1, :6], None)
     expected, experts = _reference_layer(weights, model, tokens[0], precision)
     np.testing.assert_array_equal(routes[0, :, 0], experts)
-    # bfloat16 has 8 bits: the last may fall either way after sums in another order.
-    np.testing.assert_allclose(hidden[0], expected, rtol=2**-6, atol=2**-7)
+    # Equal bit for bit where sums are taken in one order; another order may move a value to the
+    # next point of its grid. Leaving out one quantisation moves them all, ten times as far.
+    assert np.mean(np.abs(hidden[0] - expected)) < 2e-3
     coarse = reference.quantize(np.asarray(hidden[0]), "bfloat16", -1)
     np.testing.assert_array_equal(hidden[0], coarse)
 
@@ -182,7 +183,8 @@ def _reference_layer(
     attention, mlp, size = block["attention"], block["mlp"], model.head_dim
 
     def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return wide(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + model.norm_eps) * scale)
+        mean_square = np.mean(x * x, axis=-1, keepdims=True)
+        return wide(x / np.sqrt(mean_square + model.norm_eps) * wide(scale))
 
     def product(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
         return reference.quantize(x, precision, -1) @ reference.quantize(matrix, precision, -2)

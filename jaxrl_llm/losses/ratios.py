@@ -1,9 +1,9 @@
 """Log-ratios of token probabilities, per token and per sequence, and their safe exponential.
 
 Every off-policy quantity of the method is a ratio of two policies' probabilities of one sampled
-token: mismatch pi_old / mu, staleness pi / pi_old, and their product pi / mu (arXiv 2512.01374, eq. 5). They
-are kept as logarithms, in nats, until the last moment. What this is not: a weight or a mask; those
-are decisions, made in weights.py and clipping.py.
+token: mismatch pi_old / mu, staleness pi / pi_old, and their product pi / mu (arXiv 2512.01374,
+eq. 5). They are kept as logarithms, in nats, until the last moment. What this is not: a weight or a
+mask; those are decisions, made in weights.py and clipping.py.
 """
 
 from __future__ import annotations

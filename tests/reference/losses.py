@@ -1,8 +1,8 @@
 """The mathematics of the losses again: float64, one token at a time, no masks but `if`.
 
-Written from arXiv 2512.01374, not from the package. `policy_loss` takes the log-probabilities at which the
-constants of the surrogate (weight and clip mask) are evaluated apart from those it is a function
-of, so that finite differences of it are the gradient of the surrogate.
+Written from arXiv 2512.01374, not from the package. `policy_loss` takes the log-probabilities at
+which the constants of the surrogate (weight and clip mask) are evaluated apart from those it is a
+function of, so that finite differences of it are the gradient of the surrogate.
 """
 
 import math

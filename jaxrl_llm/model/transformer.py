@@ -37,6 +37,7 @@ from jaxrl_llm.sharding import batch_sharding
 Array = jax.Array
 Params = dict[str, Any]
 Rotary = tuple[Array, Array]
+Sizes = dict[str | None, int]  # dimension name -> size, in order
 Forward = Callable[[Params, Array, Array, Array, Array | None], ForwardOutput]
 
 
@@ -49,13 +50,13 @@ class Setup:
     mesh: Mesh | None = None
 
 
-def _matrix(rngs: nnx.Rngs, sizes: dict[str | None, int], *, fan_in: int) -> nnx.Param:
+def _matrix(rngs: nnx.Rngs, sizes: Sizes, *, fan_in: int) -> nnx.Param:
     """A parameter of these named dimensions, drawn from a normal of variance 1 / fan_in."""
     value = jax.random.normal(rngs.params(), tuple(sizes.values())) * fan_in**-0.5
     return nnx.Param(value, axes=tuple(sizes))
 
 
-def _ones(sizes: dict[str | None, int]) -> nnx.Param:
+def _ones(sizes: Sizes) -> nnx.Param:
     return nnx.Param(jnp.ones(tuple(sizes.values())), axes=tuple(sizes))
 
 
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
         config = setup.config
         width, size = config.width, config.head_dim
         heads, kv_heads = config.num_heads * size, config.num_kv_heads * size
-        stack: dict[str | None, int] = {"layers": layers}
+        stack: Sizes = {"layers": layers}
         self.setup = setup
         self.q = _matrix(rngs, {**stack, "embed": width, "heads": heads}, fan_in=width)
         self.k = _matrix(rngs, {**stack, "embed": width, "kv_heads": kv_heads}, fan_in=width)
@@ -93,8 +94,8 @@ class DenseMlp(nnx.Module):
 
     def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
         width, inner = setup.config.width, setup.config.moe.dense_width
-        columns: dict[str | None, int] = {"layers": layers, "embed": width, "mlp": inner}
-        rows: dict[str | None, int] = {"layers": layers, "mlp": inner, "embed": width}
+        columns: Sizes = {"layers": layers, "embed": width, "mlp": inner}
+        rows: Sizes = {"layers": layers, "mlp": inner, "embed": width}
         self.gate = _matrix(rngs, columns, fan_in=width)
         self.up = _matrix(rngs, columns, fan_in=width)
         self.down = _matrix(rngs, rows, fan_in=inner)
@@ -108,10 +109,10 @@ class MoeMlp(nnx.Module):
 
     def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
         moe, width = setup.config.moe, setup.config.width
-        stack: dict[str | None, int] = {"layers": layers, "expert": moe.num_experts}
+        stack: Sizes = {"layers": layers, "expert": moe.num_experts}
         columns = {**stack, "embed": width, "mlp": moe.expert_width}
         rows = {**stack, "mlp": moe.expert_width, "embed": width}
-        router: dict[str | None, int] = {"layers": layers, "embed": width, None: moe.num_experts}
+        router: Sizes = {"layers": layers, "embed": width, None: moe.num_experts}
         self.setup = setup
         self.router = _matrix(rngs, router, fan_in=width)
         self.gate = _matrix(rngs, columns, fan_in=width)

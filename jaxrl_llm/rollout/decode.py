@@ -222,7 +222,7 @@ def _attend(
     # Ahead of a row may lie an earlier occupant's NaN, which a mask and a share of 0 do not erase.
     reached = visible[:, -1, :, None, None]
     keys, values = (jnp.where(reached, part, 0.0) for part in stored)
-    attended = round_wide(attend(query, keys, values, visible), precision)
+    attended = attend(query, keys, values, visible)
     return _linear(attended.reshape(*attended.shape[:2], -1), block["o"], precision)
 
 
@@ -230,7 +230,7 @@ def _mlp(x: Array, block: Weights, numerics: Numerics) -> tuple[Array, Array | N
     """The dense or sparse MLP of x[B, C, D], and routes i16[B, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
     gate, up = jnp.split(_linear(x, block["gate_up"], precision), 2, axis=-1)
-    inner = round_wide(jax.nn.silu(gate) * up, precision)
+    inner = jax.nn.silu(gate) * up
     if "router" not in block:
         return _linear(inner, block["down"], precision), None
     logits = _product(quantize(x, numerics.router_grid, axis=-1), block["router"])

@@ -329,7 +329,7 @@ def test_parameters_are_a_plain_float32_tree_with_an_axis_name_per_dimension(
 
 def test_random_matrices_have_the_variance_of_their_fan_in() -> None:
     config = ModelConfig(width=128, moe=MoEConfig(expert_width=64))
-    tree = init_params(config, jax.random.key(1))
+    tree = jax.jit(lambda: init_params(config, jax.random.key(1)))()
     blocks = tree["segments"]["00"]
     fan_in = {"q": 128, "o": 64, "router": 128, "gate": 128, "down": 64}
     for name, inputs in fan_in.items():

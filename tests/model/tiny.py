@@ -35,7 +35,11 @@ def params(config: ModelConfig = TINY) -> Params:
             return leaf
         return leaf + 0.3 * jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(disturb, init_params(config, jax.random.key(0)))
+    @jax.jit
+    def make() -> Params:
+        return jax.tree_util.tree_map_with_path(disturb, init_params(config, jax.random.key(0)))
+
+    return make()
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:

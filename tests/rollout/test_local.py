@@ -160,7 +160,7 @@ def test_finished_rows_are_refilled_and_none_waits_for_the_longest(
     decode = local.decode
 
     def recorded(*args: object, **settings: object) -> object:
-        cache, decoded = decode(*args, **settings)  # type: ignore[arg-type]
+        cache, decoded = decode(*args, **settings)
         calls.append(jax.device_get(decoded))
         return cache, decoded
 
@@ -185,7 +185,7 @@ def test_decoding_pauses_only_when_enough_rows_can_be_refilled(
     admit = local._SlotTable.admit
 
     def recorded(*args: object) -> list[local._Row]:
-        rows = admit(*args)  # type: ignore[arg-type]
+        rows = admit(*args)
         entered.append(len(rows))
         return rows
 
@@ -229,7 +229,7 @@ def test_an_abandoned_iterator_leaves_the_engine_usable() -> None:
     made = engine(version=7)
     abandoned = made.generate(mixed_requests())
     next(abandoned)
-    abandoned.close()  # type: ignore[attr-defined]
+    abandoned.close()
     for name, rollout in by_prompt(made.generate(mixed_requests())).items():
         assert_same(rollout, mixed_rollouts()[name])
 

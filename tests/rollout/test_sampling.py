@@ -46,7 +46,7 @@ def draw(settings: dict[str, float], *, position: int = 7) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samples_follow_the_exact_distribution(name: str) -> None:
-    expected = distribution(LOGITS, **SETTINGS[name]) * DRAWS  # type: ignore[arg-type]
+    expected = distribution(LOGITS, **SETTINGS[name]) * DRAWS
     tokens, _ = draw(SETTINGS[name])
     counts = np.bincount(tokens, minlength=LOGITS.size)
     possible = expected > 0
@@ -62,7 +62,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(name: str) -> None:
     tokens, logprobs = draw(settings)
     # Greedy reports what temperature 1 would have given, for its own distribution says nothing.
     told = {} if settings.get("temperature") == 0 else settings
-    expected = np.log(distribution(LOGITS, **told)[tokens])  # type: ignore[arg-type]
+    expected = np.log(distribution(LOGITS, **told)[tokens])
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     assert np.all(logprobs <= 0)
 

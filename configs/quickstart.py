@@ -20,6 +20,7 @@ from jaxrl_llm.learner.state import OptimizerConfig
 from jaxrl_llm.learner.step import LearnerConfig
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.rollout.local import LocalEngineConfig
+from jaxrl_llm.runlog import RunLogConfig
 
 
 def get_config() -> RunConfig:
@@ -62,4 +63,5 @@ def get_config() -> RunConfig:
         ),
         evaluation=EvaluationConfig(every=40, samples=4, pass_k=4),
         checkpoint=CheckpointConfig(every=100),
+        log=RunLogConfig(rollout_routes=True),
     )

@@ -74,7 +74,7 @@ class Display:
     def show(self, record: StepRecord) -> None:
         """Update the display with a record."""
         for event in record.events:
-            self._console.print(f"[yellow]step {record.step}: {event}")
+            self._console.print(f"step {record.step}: {event}", style="yellow", markup=False)
         if record.phase == "eval":
             accuracy = record.metrics["eval/avg_at_k"]
             self._accuracy = f"  held-out accuracy {accuracy:.1%}"

@@ -75,6 +75,16 @@ def test_token_weights_equal_the_reference(per) -> None:
 
 
 @pytest.mark.parametrize("per", RULES)
+def test_more_padding_rows_change_nothing(per) -> None:
+    constant = 7.0 if per == "constant" else 0.0
+    mask, segment_ids = (np.pad(x, ((0, 2), (0, 0))) for x in (MASK, SEGMENTS))
+    found = np.asarray(token_weights(mask, segment_ids, per=per, constant=constant))
+    wanted = token_weights(MASK, SEGMENTS, per=per, constant=constant)
+    np.testing.assert_array_equal(found[:-2], wanted)
+    assert not found[-2:].any()
+
+
+@pytest.mark.parametrize("per", RULES)
 def test_nothing_sampled_weighs_nothing(per) -> None:
     constant = 7.0 if per == "constant" else 0.0
     found = token_weights(np.zeros_like(MASK), SEGMENTS, per=per, constant=constant)

@@ -209,13 +209,16 @@ def resume(job: Job) -> Progress:
                 "policy in it; restore the folder, or use another run directory"
             )
         reference = kept.state.params
-    return Progress(
+    progress = Progress(
         step=checkpoint.step,
         cursor=checkpoint.host["cursor"],
         state=checkpoint.state,
         buffer=RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"]),
         reference=reference,
     )
+    if progress.step >= config.cold_start.steps:
+        job.publish(progress)
+    return progress
 
 
 def _begin(job: Job) -> Progress:
@@ -228,7 +231,7 @@ def _begin(job: Job) -> Progress:
 
 
 def start_rl(job: Job, progress: Progress) -> Progress:
-    """The end of the cold start: RL's own optimizer and, for a KL penalty, the reference."""
+    """From the cold start to RL: its own optimizer, a reference for a KL penalty, a publish."""
     state = fresh_optimizer_state(progress.state, job.optimizer)
     reference = None
     if job.config.loss.kl_coefficient:
@@ -236,7 +239,9 @@ def start_rl(job: Job, progress: Progress) -> Progress:
         reference = jax.tree.map(jnp.copy, state.params)
         with Checkpoints(job.config.directory / REFERENCE, CheckpointConfig(keep_last=1)) as kept:
             kept.save(progress.step, state, {})
-    return dataclasses.replace(progress, state=state, reference=reference)
+    progress = dataclasses.replace(progress, state=state, reference=reference)
+    job.publish(progress)
+    return progress
 
 
 def save(job: Job, progress: Progress) -> None:

@@ -74,12 +74,10 @@ def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Pro
             yield [record], progress
         else:
             progress = start_rl(job, progress)
-            job.publish(progress)
             yield [record, *_evaluation(job, progress)], progress
-    job.publish(progress)
-    if not cold_steps and not progress.step:
+    if progress.step == 0:
         yield _evaluation(job, progress), progress
-    while progress.step < cold_steps + job.config.steps:
+    while progress.step < job.last_step:
         record, progress = _rl_step(job, progress)
         yield [record, *_evaluation(job, progress)], progress
 
@@ -97,10 +95,7 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
         seed=job.seed("demonstrations", progress.cursor),
     )
     batch = collate_demonstrations(
-        demonstrations,
-        rows=job.rows(config.batch),
-        length=job.row_length,
-        pack=False,
+        demonstrations, rows=job.rows(config.batch), length=job.row_length, pack=False
     )
     with _timed(timings, "seconds/update"):
         state, metrics = job.steps.sft(progress.state, job.to_devices(batch))

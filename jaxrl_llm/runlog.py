@@ -95,7 +95,6 @@ METRICS: dict[str, str] = {
     "seconds/score": "old log-probabilities and the learner's own routes [s]",
     "seconds/update": "gradient steps [s]",
     "seconds/publish": "handing the new weights to the inference engine [s]",
-    "seconds/checkpoint": "time the loop waited for a checkpoint [s]",
     "seconds/step": "the whole step, evaluation left out [s]",
     "seconds/evaluate": "evaluation on the held-out split [s]",
     "rate/rollout_tokens_per_second": "sampled tokens over seconds/rollout [tokens/s]",

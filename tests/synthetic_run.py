@@ -99,7 +99,6 @@ def rl_record(step: int, *, progress: float) -> StepRecord:
         "seconds/score": 0.12,
         "seconds/update": 0.38,
         "seconds/publish": 0.02,
-        "seconds/checkpoint": 0.01,
         "seconds/step": 0.97,
         "rate/rollout_tokens_per_second": 9300.0,
         "rate/learner_tokens_per_second": 7600.0,

@@ -178,4 +178,4 @@ def test_phases_add_up_to_the_logged_time(run_dir: Path) -> None:
     seconds = phase_seconds(RunReader(run_dir))
     assert next(iter(seconds)) == "cold start"
     np.testing.assert_allclose(sum(seconds.values()), 40 * 0.2 + 60 * 0.97 + 2 * 2.1)
-    np.testing.assert_allclose(seconds["rest of the step"], 60 * 0.02)
+    np.testing.assert_allclose(seconds["rest of the step"], 60 * 0.03)

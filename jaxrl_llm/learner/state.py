@@ -122,7 +122,7 @@ def shardings_of(tree: Any) -> Any:
 def init_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, key: Array) -> TrainState:
     """Random parameters and a fresh optimizer, each leaf made where it lives.
 
-    The same key gives the same parameters on every mesh.
+    The same key gives the same parameters on every mesh, to rounding.
     """
     shardings = shardings_of(abstract_state(config, optimizer, mesh))
 

@@ -111,7 +111,8 @@ def test_the_state_is_the_same_on_every_mesh_and_lies_where_it_should() -> None:
     optimizer = make_optimizer(OptimizerConfig(), 1)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     states = [init_state(MODEL, optimizer, m, jax.random.key(3)) for m in (one_device(), mesh)]
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    # Not bit for bit: compilers fuse the sampling of a normal differently for a part of an array.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *states)
     expected = abstract_state(MODEL, optimizer, mesh)
     assert jax.tree.structure(states[1]) == jax.tree.structure(expected)
     for leaf, struct in zip(jax.tree.leaves(states[1]), jax.tree.leaves(expected), strict=True):

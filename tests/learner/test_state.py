@@ -1,5 +1,7 @@
 """The optimizer against float64 numpy, its schedules, and the train state on a mesh."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -157,7 +157,7 @@ def _fill_buffer(
         groups = [group for group in outcomes if group is not None]
         tokens += sum(r.response_length for group in groups for r in group.rollouts)
         with _timed(timings, "seconds/reward"):
-            for group in _verified(job, groups):
+            for group in _verified(job, groups, progress.step + 1):
                 buffer.put(group)
     if len(buffer) < rollout.groups:
         raise RuntimeError(
@@ -185,10 +185,18 @@ def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> l
     return requests
 
 
-def _verified(job: Job, groups: Sequence[Group]) -> list[Group]:
-    """The groups with rewards and verdicts."""
+def _verified(job: Job, groups: Sequence[Group], step: int) -> list[Group]:
+    """The groups with rewards and verdicts; what the verifier raised goes to the events of `step`.
+
+    Rewards 0 are counted by cause in the metrics, errors among them.
+    """
     texts = [(r.text, group.prompt.answer) for group in groups for r in group.rollouts]
-    verdicts = iter(job.verifier.score(texts))
+    scored = job.verifier.score(texts)
+    raised = [verdict.message for verdict in scored if verdict.cause == "error"]
+    if raised:
+        message = f"the verifier raised on {len(raised)} responses (reward 0), first {raised[0]}"
+        job.log.event("rl", step, message)
+    verdicts = iter(scored)
     return [
         Group(
             group.prompt,

@@ -53,6 +53,7 @@ def make_batch(
     )
 
 
+@settings(deadline=None)
 @given(lengths_of_sequences, st.booleans())
 def test_placements_never_overlap_and_number_the_segments_of_each_row(
     lengths: list[int], pack: bool

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.data import prompts, sources
@@ -326,12 +326,14 @@ def test_contradictory_settings_are_refused(settings: dict, message: str) -> Non
         DataConfig(**settings)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(0, 5))
 def test_every_epoch_holds_every_prompt_once(size: int, epoch: int, seed: int) -> None:
     order = prompt_indices(size, epoch * size, size, seed)
     assert sorted(order.tolist()) == list(range(size))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 40), st.integers(0, 200), st.data())
 def test_the_order_does_not_depend_on_where_it_is_taken_up(
     size: int, cursor: int, data: st.DataObject

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.data.tasks import ALPHABET
@@ -49,6 +49,7 @@ def load(path: str) -> FileTokenizer:
     return tokenizer
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=ALPHABET))
 def test_character_tokens_round_trip(text: str) -> None:
     tokenizer = make_tokenizer(TokenizerConfig())

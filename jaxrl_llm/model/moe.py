@@ -102,7 +102,8 @@ def dispatch(
 
     def shard(x: Array, experts: Array, weights: Array, params: Experts) -> Array:
         # Every operand is first made to vary over every axis. The sums over devices that the
-        # gradient needs then stand at this border, not inside the custom gradients below.
+        # gradient needs then stand at this border. Left inside, they depend on which values JAX
+        # takes to be equal on all devices, and it takes argsort's result to be, silently.
         x, experts, weights = _vary((x, experts, weights), ("expert", "tensor"))
         params = _vary(params, BATCH_AXES)
         count = params["gate"].shape[0]
@@ -150,7 +151,7 @@ def _dispatch_local(
     rows = _to_rows(x, order)
     if implementation == "blocked":
         rows = _blocked(rows, params, order)
-    else:
+    else:  # the product of rows past the last expert's is undefined, but nothing reads it
         rows = _swiglu(rows, params, partial(jax.lax.ragged_dot, group_sizes=order.sizes))
     combined = jnp.einsum("nkd,nk->nd", _from_rows(rows, order), weights)
     return combined.astype(x.dtype)
@@ -206,9 +207,7 @@ def _sort_by_expert(experts: Array, num_experts: int, block: int) -> _Order:
             f"{count} assignments to {num_experts} experts overflow a 32-bit sort key; "
             "use more micro-batches"
         )
-    # One integer per assignment holds expert and index. It sorts faster than a pair, is stable,
-    # and under shard_map the index varies over devices as the expert does: argsort's would not,
-    # and gradients would be silently wrong.
+    # One integer per assignment holds expert and index: stable, and faster to sort than a pair.
     flat = experts.reshape(-1)
     index = jnp.arange(count, dtype=jnp.int32)
     keys = jnp.sort(flat * count + index)

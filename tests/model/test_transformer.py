@@ -251,7 +251,7 @@ def gradient_of(compute: ComputeConfig) -> Any:
     ids=["block-chunked-ragged", "dots-dense"],
 )
 def test_how_it_is_computed_changes_no_gradient(compute: ComputeConfig) -> None:
-    assert_close(gradient_of(compute), gradient_of(FLOAT32), 1e-5)
+    assert_close(gradient_of(compute), gradient_of(FLOAT32), 1e-4)
 
 
 def test_remat_keeps_only_the_input_of_a_layer() -> None:

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json
-from jaxrl_llm.data.prompts import PromptSource, load_prompts
+from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxrl_llm.evaluate import EvaluationResult, evaluate
@@ -46,7 +47,7 @@ from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.buffer import RolloutBuffer
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.rollout.local import LocalEngine
-from jaxrl_llm.runlog import RunWriter
+from jaxrl_llm.runlog import RunReader, RunWriter
 from jaxrl_llm.sharding import batch_sharding, make_mesh
 from jaxrl_llm.types import Prompt, SamplingParams
 
@@ -144,7 +145,9 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         )
     _check_directory(config)
     train = load_prompts(config.task.data, tokenizer, "train")
+    heldout = _heldout(config, tokenizer)
     _check_size(config, len(train))
+    _check_length(config, heldout)
     mesh = make_mesh(config.learner.mesh)
     cold_optimizer, optimizer = _optimizers(config)
     engine = stack.enter_context(contextlib.closing(_engine(config, tokenizer)))
@@ -155,7 +158,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         mesh=mesh,
         tokenizer=tokenizer,
         train=train,
-        heldout=_heldout(config, tokenizer),
+        heldout=heldout,
         verifier=stack.enter_context(Verifier(config.task.reward)),
         engine=engine,
         cold_optimizer=cold_optimizer,
@@ -197,9 +200,16 @@ def resume(job: Job) -> Progress:
     config = job.config
     abstract = abstract_state(config.model, job.optimizer, job.mesh)
     checkpoint = restore(config.directory / CHECKPOINTS, abstract)
-    job.log.resume(None if checkpoint is None else checkpoint.step)
     if checkpoint is None:
+        _check_log(config)
+        job.log.resume(None)
         return _begin(job)
+    if checkpoint.host["dataset"] != dataset_digest(config.task.data):
+        raise CheckpointError(
+            f"{config.directory / CHECKPOINTS} was made on other prompts than task.data gives now: "
+            "its place in them would mean nothing; restore the files, or use another --run-dir"
+        )
+    job.log.resume(checkpoint.step)
     reference = None
     if config.loss.kl_coefficient and checkpoint.step >= config.cold_start.steps:
         kept = restore(config.directory / REFERENCE, abstract)
@@ -245,8 +255,17 @@ def start_rl(job: Job, progress: Progress) -> Progress:
 
 
 def save(job: Job, progress: Progress) -> None:
-    """Start a checkpoint of the progress; the loop goes on meanwhile."""
-    host = {"cursor": progress.cursor, "buffer": progress.buffer.to_json()}
+    """Start a checkpoint of the progress; the loop goes on meanwhile.
+
+    Not of step 0, which is made faster than restored.
+    """
+    if progress.step == 0:
+        return
+    host = {
+        "cursor": progress.cursor,
+        "buffer": progress.buffer.to_json(),
+        "dataset": dataset_digest(job.config.task.data),
+    }
     job.checkpoints.save(progress.step, progress.state, host)
 
 
@@ -307,6 +326,36 @@ def _check_size(config: RunConfig, prompts: int) -> None:
                 f"{name} is {count}, more than half of the {prompts} training prompts; give more "
                 "prompts (task.data) or lower it"
             )
+
+
+def _check_length(config: RunConfig, prompts: Sequence[Prompt]) -> None:
+    """ValueError naming a held-out prompt that leaves no room for a whole response."""
+    longest = max(prompts, key=lambda prompt: prompt.tokens.size)
+    needed = longest.tokens.size + config.rollout.max_new_tokens
+    if needed > config.rollout.engine.max_length:
+        raise ValueError(
+            f"prompt {longest.prompt_id!r} of {longest.tokens.size} tokens and "
+            f"rollout.max_new_tokens = {config.rollout.max_new_tokens} need {needed} tokens; "
+            f"rollout.engine.max_length is {config.rollout.engine.max_length}; raise it, or lower "
+            "max_new_tokens"
+        )
+
+
+def _check_log(config: RunConfig) -> None:
+    """ValueError if the log is of a run whose checkpoints are gone: starting over would erase it.
+
+    A run killed before its first checkpoint has a log too, but a short one.
+    """
+    if not (config.directory / "metrics.jsonl").exists() or not config.checkpoint.every:
+        return
+    reader = RunReader(config.directory)
+    columns = [reader.metrics(phase)["step"] for phase in ("sft", "rl")]
+    last = max((int(steps[-1]) for steps in columns if steps.size), default=0)
+    if last >= 2 * config.checkpoint.every:
+        raise ValueError(
+            f"{config.directory} has the log of {last} steps but no checkpoint: starting over "
+            f"would erase the log; restore {CHECKPOINTS}/, or use another --run-dir"
+        )
 
 
 def _check_directory(config: RunConfig) -> None:

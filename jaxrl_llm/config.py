@@ -41,14 +41,17 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How a rollout batch is sampled."""
+    """How a rollout batch is sampled.
+
+    Always from the full distribution: under top-p or top-k the sampler's probabilities would be
+    renormalised and the learner's not, and importance weights would measure the truncation. An
+    evaluation may truncate (EvaluationConfig).
+    """
 
     groups: int = 32  # prompts in a rollout batch, G
     samples: int = 8  # responses to each prompt, N
     max_new_tokens: int = 256  # longest response, stop token included
     temperature: float = 1.0  # of sampling; the learner scores at the same one
-    top_p: float = 1.0  # nucleus; 1 keeps all tokens
-    top_k: int = 0  # likeliest tokens kept; 0 keeps all
     # Rollout batches sampled ahead of the learner: max_staleness 1 trains on what the previous
     # weights sampled, 0 on what the current ones did.
     buffer: BufferConfig = BufferConfig()
@@ -72,8 +75,6 @@ class RolloutConfig:
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=stop_token_ids,
             temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
         )
 
 
@@ -131,6 +132,11 @@ def _check(config: RunConfig) -> None:
         raise ValueError(
             f"rollout.groups is {rollout.groups}, which does not split into learner.mini_batches "
             f"= {learner.mini_batches} equal parts; change one of them"
+        )
+    if rollout.max_new_tokens >= rollout.engine.max_length:
+        raise ValueError(
+            f"rollout.max_new_tokens is {rollout.max_new_tokens}, which leaves no token for a "
+            f"prompt in rollout.engine.max_length = {rollout.engine.max_length}; change one of them"
         )
     if 0 < learner.row_length < rollout.engine.max_length - 1:
         raise ValueError(

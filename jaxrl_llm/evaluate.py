@@ -29,6 +29,8 @@ class EvaluationConfig:
     prompts: int = 0  # prompts used, from the first on; 0 uses the whole split
     samples: int = 8  # samples of every prompt, n
     pass_k: int = 8  # the k of pass@k; at most samples
+    top_p: float = 1.0  # nucleus of the samples; 1 keeps all tokens
+    top_k: int = 0  # likeliest tokens kept in the samples; 0 keeps all
     greedy: bool = True  # one more sample of every prompt at temperature 0
     confidence: float = 0.95  # coverage of the intervals
     resamples: int = 2000  # bootstrap resamples of the prompts behind an interval
@@ -44,6 +46,7 @@ class EvaluationConfig:
                 f"evaluation.pass_k is {self.pass_k} but only {self.samples} samples are taken; "
                 "raise evaluation.samples or lower evaluation.pass_k"
             )
+        SamplingParams(max_new_tokens=1, top_p=self.top_p, top_k=self.top_k)  # checks both
         if not 0 < self.confidence < 1:
             raise ValueError(f"evaluation.confidence is {self.confidence}; it must be in (0, 1)")
 
@@ -172,7 +175,8 @@ def evaluate(
       engine: serves the weights that were published last.
       prompts: the held-out split, with unique prompt ids.
       verifier: scores (response text, reference answer) pairs.
-      sampling: settings of the samples; the greedy pass takes their limits and stop tokens.
+      sampling: limits, stop tokens and temperature of the samples; the greedy pass takes the
+        former two. Truncation is the config's.
       config: how many prompts and samples.
       seed: of the samples and of the intervals.
 
@@ -181,6 +185,7 @@ def evaluate(
     """
     prompts = [prompts[index] for index in range(min(config.prompts or len(prompts), len(prompts)))]
     _check_prompts(prompts)
+    sampling = dataclasses.replace(sampling, top_p=config.top_p, top_k=config.top_k)
     requests = list(_requests(prompts, sampling, config, seed))
     failures: collections.Counter[str] = collections.Counter()
     rollouts: dict[tuple[str, int], Rollout] = {}

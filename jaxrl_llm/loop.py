@@ -112,7 +112,7 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     """One rollout batch and the updates made from it."""
     timings: Timings = {}
     start = time.perf_counter()
-    progress, counts = _fill_buffer(job, progress, timings)
+    progress, counts, events = _fill_buffer(job, progress, timings)
     version = job.version(progress)
     groups = progress.buffer.take(job.config.rollout.groups, version)
     batches = _mini_batches(job, groups, version)
@@ -133,19 +133,24 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     learning = timings["seconds/score"] + timings["seconds/update"]
     timings["rate/learner_tokens_per_second"] = _tokens(batches) / learning
     timings["seconds/step"] = time.perf_counter() - start
-    events = _warnings(job, values)
+    events += _warnings(job, values)
     return StepRecord("rl", after.step, values, timings, events, tuple(groups)), after
 
 
 def _fill_buffer(
     job: Job, progress: Progress, timings: Timings
-) -> tuple[Progress, dict[str, float]]:
-    """Sample and verify until the buffer holds this step's groups and those sampled ahead."""
+) -> tuple[Progress, dict[str, float], tuple[str, ...]]:
+    """Sample and verify until the buffer holds this step's groups and those sampled ahead.
+
+    Returns the progress after it, what was lost as metrics, and why as events.
+    """
     rollout, buffer = job.config.rollout, progress.buffer
     ahead = min(rollout.buffer.max_staleness, job.last_step - progress.step - 1)
     wanted = rollout.groups * (1 + ahead)
     timings |= {"seconds/rollout": 0.0, "seconds/reward": 0.0}
-    assembler, tokens = GroupAssembler(), 0
+    stale_before = buffer.dropped_stale
+    buffer.drop_stale(job.version(progress))
+    assembler, tokens, events = GroupAssembler(), 0, []
     for _ in range(MAX_REFILLS):
         missing = wanted - len(buffer)
         if missing <= 0:
@@ -154,22 +159,39 @@ def _fill_buffer(
         progress = dataclasses.replace(progress, cursor=progress.cursor + missing)
         with _timed(timings, "seconds/rollout"):
             outcomes = [assembler.add(outcome) for outcome in job.engine.generate(requests)]
-        groups = [group for group in outcomes if group is not None]
+        groups = _in_order([group for group in outcomes if group is not None], requests)
         tokens += sum(r.response_length for group in groups for r in group.rollouts)
         with _timed(timings, "seconds/reward"):
-            for group in _verified(job, groups, progress.step + 1):
-                buffer.put(group)
+            verified, raised = _verified(job, groups)
+        events += raised
+        for group in verified:
+            buffer.put(group)
+    failures = [
+        f"the engine failed {count} requests ({cause}), the first: {assembler.messages[cause]}"
+        for cause, count in assembler.failures.items()
+    ]
     if len(buffer) < rollout.groups:
-        raise RuntimeError(
-            f"step {progress.step + 1}: {len(buffer)} of {rollout.groups} groups after "
-            f"{MAX_REFILLS} attempts; requests failed by cause: {dict(assembler.failures)}. "
-            "Check the engine's settings and its log"
+        raise ValueError(
+            f"step {progress.step + 1} has {len(buffer)} of {rollout.groups} groups after "
+            f"{MAX_REFILLS} attempts: {'; '.join(failures)}"
         )
     timings["rate/rollout_tokens_per_second"] = tokens / max(timings["seconds/rollout"], 1e-9)
-    return progress, {
+    stale = buffer.dropped_stale - stale_before
+    lost = {
         "rollout/failures": float(assembler.failures.total()),
-        "rollout/dropped_groups": float(assembler.dropped_groups),
+        "rollout/dropped_groups": float(assembler.dropped_groups + stale),
     }
+    return progress, lost, (*events, *failures)
+
+
+def _in_order(groups: Sequence[Group], requests: Sequence[Request]) -> list[Group]:
+    """The groups in the order in which they were asked for.
+
+    In the order of completion the short responses would fill the first mini-batch and the long ones
+    the last, where the policy has moved most: length would correlate with staleness.
+    """
+    places = {request.prompt.prompt_id: place for place, request in enumerate(requests)}
+    return sorted(groups, key=lambda group: places[group.prompt.prompt_id])
 
 
 def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> list[Request]:
@@ -185,19 +207,18 @@ def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> l
     return requests
 
 
-def _verified(job: Job, groups: Sequence[Group], step: int) -> list[Group]:
-    """The groups with rewards and verdicts; what the verifier raised goes to the events of `step`.
-
-    Rewards 0 are counted by cause in the metrics, errors among them.
-    """
+def _verified(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
+    """The groups with rewards and verdicts, and an event if the verifier raised."""
     texts = [(r.text, group.prompt.answer) for group in groups for r in group.rollouts]
     scored = job.verifier.score(texts)
     raised = [verdict.message for verdict in scored if verdict.cause == "error"]
-    if raised:
-        message = f"the verifier raised on {len(raised)} responses (reward 0), first {raised[0]}"
-        job.log.event("rl", step, message)
+    events = (
+        [f"the verifier raised on {len(raised)} responses (reward 0), first {raised[0]}"]
+        if raised
+        else []
+    )
     verdicts = iter(scored)
-    return [
+    verified = [
         Group(
             group.prompt,
             tuple(
@@ -207,6 +228,7 @@ def _verified(job: Job, groups: Sequence[Group], step: int) -> list[Group]:
         )
         for group in groups
     ]
+    return verified, events
 
 
 def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[TrainBatch]:
@@ -283,7 +305,15 @@ def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
             config=job.config.evaluation,
             seed=job.seed("evaluation"),
         )
-    return [StepRecord("eval", progress.step, result.metrics(), timings, (), result.groups)]
+    events = [
+        f"evaluation: the engine failed {n} requests ({c})" for c, n in result.failures.items()
+    ]
+    if raised := result.verdicts.get("error"):
+        events.append(f"evaluation: the verifier raised on {raised} responses (reward 0)")
+    record = StepRecord(
+        "eval", progress.step, result.metrics(), timings, tuple(events), result.groups
+    )
+    return [record]
 
 
 def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:
@@ -295,9 +325,8 @@ def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:
             f"routing replay {replay} is configured but only {coverage:.2%} of the trained tokens "
             "replayed their routes; the others used the live router"
         )
-    for name in ("rollout/failures", "rollout/dropped_groups"):
-        if values[name]:
-            warnings.append(f"{name} is {values[name]:.0f}: {METRICS[name]}")
+    if dropped := values["rollout/dropped_groups"]:
+        warnings.append(f"{dropped:.0f} groups were dropped: {METRICS['rollout/dropped_groups']}")
     return tuple(warnings)
 
 

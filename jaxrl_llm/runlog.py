@@ -62,8 +62,8 @@ METRICS: dict[str, str] = {
     "clip/low_fraction": "share of sampled tokens masked, A < 0 and ratio below 1 - clip_low "
     "[fraction]",
     # Routers and routing replay.
-    "routing/agreement": "share of the sampler's experts that the learner's router, left alone, "
-    "would choose too [fraction]",
+    "routing/agreement": "share of the sampler's experts that the learner's routers choose too; "
+    "under r3 given the replayed experts of the layers below [fraction]",
     "routing/replay_coverage": "share of tokens whose forward pass used just the routes it was "
     "given; 1 when a replay fired everywhere [fraction]",
     "router/z_loss": "mean of logsumexp(router logits)^2 over tokens and layers [nats^2]",

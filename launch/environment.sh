@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv from a Python 3.11 or newer and installs what is missing.
+# Sourced by the other scripts: makes .venv from Python 3.11 or 3.12 and installs what is missing.
 #
 #   install EXTRAS      EXTRAS is "" or, for example, "[dev]"
 #
@@ -6,14 +6,15 @@
 
 find_python() {
   local candidate
-  for candidate in "${PYTHON:-}" python3 python3.12 python3.11; do
+  for candidate in "${PYTHON:-}" python3.12 python3.11 python3; do
     if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 &&
-      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$candidate" -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  echo "No Python 3.11 or newer found. Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
+  echo "No Python 3.11 or 3.12 with its venv module found (Debian: apt install python3-venv)." >&2
+  echo "Install one, or name it: PYTHON=/path/to/python3.12 bash $0" >&2
   return 1
 }
 

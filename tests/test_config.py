@@ -112,7 +112,8 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
         ("rollout", {"groups": 0}, r"rollout\.groups is 0"),
         ("rollout", {"samples": 1}, r"rollout\.samples is 1"),
         ("rollout", {"temperature": 0.0}, "temperature is 0"),
-        ("rollout", {"top_p": 0.0}, "top_p is 0"),
+        ("rollout", {"max_new_tokens": 28}, "leaves no token for a prompt"),
+        ("evaluation", {"top_p": 0.0}, "top_p is 0"),
         ("cold_start", {"batch": 0}, r"cold_start\.batch 0"),
     ],
 )

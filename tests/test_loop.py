@@ -12,6 +12,8 @@ import pytest
 
 from jaxrl_llm import assembly, loop
 from jaxrl_llm.config import RunConfig
+from jaxrl_llm.data.prompts import DataConfig, load_prompts, prompt_indices
+from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointError
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
@@ -166,6 +168,76 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_offered(finished, t
     assert logged(broken.directory) == logged(config.directory)
 
 
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_run_without_a_cold_start_goes_on_bit_for_bit(finished, tmp_path, stop_after) -> None:
+    config = vary(finished[0], "cold_start", steps=0)
+    whole = dataclasses.replace(config, run_dir=str(tmp_path / "whole"), steps=2)
+    stopped = dataclasses.replace(whole, run_dir=str(tmp_path / "stopped"))
+    assert [(r.phase, r.step) for r in run(whole)][:2] == [("eval", 0), ("rl", 1)]
+    run(stopped, stop_after=stop_after)
+    run(stopped)
+    assert logged(stopped.directory) == logged(whole.directory)
+
+
+def test_a_log_without_its_checkpoints_is_not_erased(finished, tmp_path) -> None:
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
+    shutil.copytree(finished[0].directory, config.directory)
+    shutil.rmtree(config.directory / "checkpoints")
+    with pytest.raises(ValueError, match=r"log of 7 steps but no checkpoint.*--run-dir"):
+        run(config)
+    assert logged(config.directory) == logged(finished[0].directory)
+
+
+def test_a_checkpoint_of_other_prompts_is_refused(finished, tmp_path) -> None:
+    """The settings are equal, but a file of prompts has changed."""
+    prompts = tmp_path / "prompts.jsonl"
+
+    def write(first: int) -> None:
+        rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(first, first + 40)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    config = vary(finished[0], "cold_start", steps=0)
+    data = DataConfig(
+        kind="jsonl", files=(str(prompts),), heldout_size=8, data_dir=str(tmp_path / "data")
+    )
+    task = dataclasses.replace(config.task, data=data)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"), task=task, steps=2)
+    write(first=10)
+    run(config, stop_after=2)
+    write(first=11)
+    with pytest.raises(CheckpointError, match="other prompts"):
+        run(config)
+
+
+def test_mini_batches_hold_groups_in_the_order_of_their_prompts(finished) -> None:
+    """Not of completion, which would sort them by length."""
+    config, records = finished
+    seen = [g.prompt.prompt_id for r in records if r.phase == "rl" for g in r.groups]
+    tokenizer = make_tokenizer(config.task.tokenizer)
+    train = load_prompts(config.task.data, tokenizer, "train")
+    first = COLD_STEPS * config.cold_start.batch
+    for step in range(RL_STEPS):
+        count = config.rollout.groups
+        order = prompt_indices(len(train), first + step * count, count, config.seed)
+        expected = [train[int(index)].prompt_id for index in order]
+        assert seen[step * count : (step + 1) * count] == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("rollout", {"max_new_tokens": 21}, "need 29 tokens; rollout.engine.max_length is 28"),
+        ("rollout", {"groups": 40}, "rollout.groups .* is 40, more than half of the 64"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused_before_any_work(
+    finished, tmp_path, part: str, settings: dict, message: str
+) -> None:
+    config = vary(finished[0], part, **settings)
+    with pytest.raises(ValueError, match=message):
+        run(dataclasses.replace(config, run_dir=str(tmp_path / "run")))
+
+
 LEARNERS = {
     "on-policy, no scoring pass": ("learner", {"mini_batches": 1, "old_logprobs": "none"}),
     "r2": ("learner", {"replay": "r2"}),
@@ -250,7 +322,10 @@ class Faulty:
     ("faults", "message"),
     [
         ({"strip_routes": True, "fail": False}, r"only \d\d\.\d\d% of the trained tokens replayed"),
-        ({"strip_routes": False, "fail": True}, "rollout/failures is 4"),
+        (
+            {"strip_routes": False, "fail": True},
+            r"failed 4 requests \(not_finite\), the first: made to fail",
+        ),
     ],
 )
 def test_what_an_engine_leaves_out_is_counted_and_said(

@@ -32,7 +32,7 @@ from jaxrl_llm.learner.state import (
     abstract_state,
     shardings_of,
 )
-from jaxrl_llm.learner.update import accumulate_gradients, apply_gradients, split_rows
+from jaxrl_llm.learner.update import accumulate_gradients, apply_gradients, join_rows, split_rows
 from jaxrl_llm.losses.advantages import AdvantageConfig
 from jaxrl_llm.losses.diagnostics import masked_mean, replay_coverage, route_agreement
 from jaxrl_llm.losses.kl import k1, k3
@@ -141,7 +141,7 @@ def make_score_step(
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
 
-    def score(params: Params, batch: TrainBatch) -> ScoreOutput:
+    def part(params: Params, batch: TrainBatch) -> ScoreOutput:
         routes = _routes_to_replay(batch, "r3" if learner.replay == "r3" else "none")
         logprobs, entropy, router = policy(params, batch, routes)
         mask, sampler = batch.loss_mask, batch.sampler_logprobs
@@ -153,6 +153,12 @@ def make_score_step(
             metrics["routing/agreement"] = route_agreement(router.logits, batch.routes, mask)
         used = jnp.moveaxis(router.experts, 0, 2).astype(jnp.int16)
         return ScoreOutput(logprobs, entropy, used, metrics)
+
+    def score(params: Params, batch: TrainBatch) -> ScoreOutput:
+        parts = jax.lax.map(partial(part, params), split_rows(batch, learner.micro_batches))
+        metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts.metrics)
+        logprobs, entropy = join_rows(parts.logprobs), join_rows(parts.entropy)
+        return ScoreOutput(logprobs, entropy, join_rows(parts.routes), metrics)
 
     rows = batch_sharding(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())

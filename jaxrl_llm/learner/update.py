@@ -34,6 +34,11 @@ def split_rows(tree: Any, micro_batches: int) -> Any:
     return jax.tree.map(one, tree)
 
 
+def join_rows(parts: Array) -> Array:
+    """[micro_batches, B / micro_batches, ...] back to [B, ...]: the inverse of split_rows."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
+
+
 def accumulate_gradients(
     objective: Objective, params: Params, parts: Any, *, shardings: Any
 ) -> tuple[Params, LossOutput]:

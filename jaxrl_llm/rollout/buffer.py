@@ -21,7 +21,9 @@ from jaxrl_llm.types import Group, Prompt, Rollout, group_from_json, group_to_js
 class BufferConfig:
     """Which finished groups the learner may still take."""
 
-    max_staleness: int = 0  # weight versions a group's oldest token may lag behind; 0: none
+    # Weight versions a group's oldest token may lag behind; 0: none. In-process, as many rollout
+    # batches are sampled ahead. pi_old stays the policy that an update starts from.
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         if self.max_staleness < 0:
@@ -39,6 +41,7 @@ class GroupAssembler:
 
     def __init__(self) -> None:
         self.failures: collections.Counter[str] = collections.Counter()  # requests, by cause
+        self.messages: dict[str, str] = {}  # the first failure's own words, by cause
         self.dropped_groups = 0  # too few rollouts were left
         self._pending: dict[str, list[_PendingGroup]] = {}
 
@@ -73,6 +76,7 @@ class GroupAssembler:
         group.awaited.remove(outcome.sample_index)
         if isinstance(outcome, EngineFailure):
             self.failures[outcome.cause] += 1
+            self.messages.setdefault(outcome.cause, outcome.message)
         else:
             group.rollouts.append(outcome)
         if group.awaited:
@@ -115,11 +119,15 @@ class RolloutBuffer:
         Groups staler than max_staleness at `current_version`, wherever they are in the queue, are
         dropped first and counted in `dropped_stale`.
         """
+        self.drop_stale(current_version)
+        return tuple(self._groups.popleft() for _ in range(min(count, len(self._groups))))
+
+    def drop_stale(self, current_version: int) -> None:
+        """Drop and count what is staler than max_staleness at `current_version`."""
         oldest = current_version - self._config.max_staleness
         fresh = [group for group in self._groups if group_version(group) >= oldest]
         self.dropped_stale += len(self._groups) - len(fresh)
-        self._groups = collections.deque(fresh[count:])
-        return tuple(fresh[:count])
+        self._groups = collections.deque(fresh)
 
     def to_json(self) -> dict[str, Any]:
         """The whole state as plain JSON values, exact, for a checkpoint."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -143,6 +144,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
+    stack.enter_context(_locked(config.directory))
     _check_directory(config)
     train = load_prompts(config.task.data, tokenizer, "train")
     heldout = _heldout(config, tokenizer)
@@ -311,6 +313,21 @@ def _engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
 def _heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
     source = load_prompts(config.task.data, tokenizer, "heldout")
     return tuple(source[index] for index in range(len(source)))
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing here; ValueError if one does. A kill frees the lock."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is writing to {directory}; wait until it has ended (a stopped "
+                "run finishes its step first), or use another --run-dir"
+            ) from error
+        yield
 
 
 def _check_size(config: RunConfig, prompts: int) -> None:

@@ -237,7 +237,7 @@ def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[Train
     size = len(groups) // learner.mini_batches
     parts = [groups[start : start + size] for start in range(0, len(groups), size)]
     rollouts = [[r for group in part for r in group.rollouts] for part in parts]
-    rows = job.rows(max(_rows_needed(job, part) for part in rollouts))
+    rows = _rows(job, rollouts)
     return [
         collate(
             part_rollouts,
@@ -251,9 +251,16 @@ def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[Train
     ]
 
 
-def _rows_needed(job: Job, rollouts: Sequence[Rollout]) -> int:
-    lengths = [rollout.tokens.size - 1 for rollout in rollouts]
-    return rows_needed(lengths, length=job.row_length, pack=job.config.learner.pack)
+def _rows(job: Job, parts: Sequence[Sequence[Rollout]]) -> int:
+    """Rows of every mini-batch; few different numbers, since each one compiles the steps anew."""
+    learner, rollout = job.config.learner, job.config.rollout
+    unpacked = rollout.groups // learner.mini_batches * rollout.samples
+    if not learner.pack:
+        return job.rows(unpacked)
+    lengths = [[r.tokens.size - 1 for r in part] for part in parts]
+    needed = max(rows_needed(part, length=job.row_length, pack=True) for part in lengths)
+    eighth = max(1, unpacked // 8)
+    return job.rows(-(-needed // eighth) * eighth)
 
 
 def _advantages(job: Job, group: Group) -> np.ndarray:

@@ -148,6 +148,16 @@ def test_a_finished_run_started_again_does_nothing(finished) -> None:
     assert logged(config.directory) == before
 
 
+def test_a_directory_has_one_writer(finished, tmp_path) -> None:
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
+    first = loop.run(config)
+    next(first)
+    with pytest.raises(ValueError, match="another process is writing to"):
+        run(config)
+    first.close()
+    assert len(run(config)) == len(finished[1]) - 1
+
+
 def test_a_directory_with_other_settings_is_refused_by_name(finished) -> None:
     config, _ = finished
     other = vary(config, "loss", clip_high=0.5)

@@ -27,8 +27,8 @@ from jaxrl_llm.runlog import describe
 from jaxrl_llm.types import Prompt, Rollout, SamplingParams
 from tests.synthetic_run import encode, make_rollout
 
-SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=(14,), temperature=0.7, top_p=0.9)
-CONFIG = EvaluationConfig(samples=4, pass_k=2, resamples=200)
+SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=(14,), temperature=0.7)
+CONFIG = EvaluationConfig(samples=4, pass_k=2, resamples=200, top_p=0.9)
 
 Script = Callable[[Request], bool | None]
 
@@ -208,7 +208,8 @@ def test_requests_differ_in_seed_and_only_the_last_is_greedy() -> None:
     requests = engine.requests
     assert len({request.seed for request in requests}) == len(requests) == 15
     greedy = SamplingParams(max_new_tokens=12, stop_token_ids=(14,), temperature=0.0)
-    assert [r.sampling for r in requests] == ([SAMPLING] * 4 + [greedy]) * 3
+    truncated = dataclasses.replace(SAMPLING, top_p=0.9)
+    assert [r.sampling for r in requests] == ([truncated] * 4 + [greedy]) * 3
 
 
 def test_a_prompt_keeps_its_seeds_in_another_selection() -> None:

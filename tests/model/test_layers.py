@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.model import layers
+from tests.model.tiny import assert_close
 from tests.reference import model as reference
 
 
@@ -44,7 +45,7 @@ def test_grouped_attention_equals_a_loop_over_heads() -> None:
     query, key, value = normal(2, 3, 6, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
     visible = np.random.default_rng(3).random((2, 3, 5)) < 0.5
     visible[..., 0] = True
-    output = layers.attend(query, key, value, visible)
+    output = jax.jit(layers.attend)(query, key, value, visible)
     for b, q, h in np.ndindex(2, 3, 6):
         scores = key[b, :, h // 3].astype(np.float64) @ query[b, q, h] / 2
         shares = reference.softmax(np.where(visible[b, q], scores, -np.inf))
@@ -53,9 +54,8 @@ def test_grouped_attention_equals_a_loop_over_heads() -> None:
 
 def test_a_query_that_sees_nothing_is_finite() -> None:
     visible = np.zeros((1, 2, 2), bool)
-    output, gradient = jax.value_and_grad(
-        lambda q: jnp.sum(layers.attend(q, q, q, visible)), argnums=0
-    )(normal(1, 2, 1, 4))
+    gradient_of = jax.jit(jax.value_and_grad(lambda q: jnp.sum(layers.attend(q, q, q, visible))))
+    output, gradient = gradient_of(normal(1, 2, 1, 4))
     assert np.isfinite(output)
     assert np.all(np.isfinite(gradient))
 
@@ -68,14 +68,14 @@ def test_chunks_of_queries_change_neither_value_nor_gradient() -> None:
     def total(chunk: int, *qkv: jax.Array) -> jax.Array:
         return jnp.sum(probe * layers.segment_attention(*qkv, segment_ids, chunk=chunk))
 
-    whole = jax.value_and_grad(total, argnums=(1, 2, 3))(0, *arrays)
-    for chunk in (3, 7):
-        parts = jax.value_and_grad(total, argnums=(1, 2, 3))(chunk, *arrays)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), parts, whole)
+    gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3)), static_argnums=0)
+    assert_close(gradient(3, *arrays), gradient(0, *arrays), 1e-5)
+    np.testing.assert_array_equal(gradient(7, *arrays)[0], gradient(0, *arrays)[0])
 
 
 def test_map_chunks_joins_outputs_of_any_rank() -> None:
     x = normal(2, 7, 3)
-    doubled, sums = layers.map_chunks(lambda part: (2 * part, part.sum(-1)), (x,), chunk=3)
+    both = jax.jit(lambda x: layers.map_chunks(lambda y: (2 * y, y.sum(-1)), (x,), chunk=3))
+    doubled, sums = both(x)
     np.testing.assert_array_equal(doubled, 2 * x)
     np.testing.assert_allclose(sums, x.sum(-1), rtol=1e-6)

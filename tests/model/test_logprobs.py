@@ -31,7 +31,7 @@ def reference(temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return np.sum(hot * logs, -1), entropy, to_logits @ unembed.T, to_unembed
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 64])
 def test_values_and_gradients_equal_the_full_softmax(chunk: int) -> None:
     hidden, unembed, targets = inputs()
     logprobs, entropy, to_hidden, to_unembed = reference(0.7)
@@ -73,10 +73,8 @@ def test_extreme_logits_give_certain_tokens_and_no_nan() -> None:
 def test_hidden_states_in_bfloat16_meet_the_head_in_float32() -> None:
     hidden, unembed, targets = inputs()
     hidden = jnp.asarray(hidden, jnp.bfloat16)
-    low, _ = token_logprobs(hidden, unembed, targets, temperature=1.0, chunk=64)
-    high, _ = token_logprobs(
-        hidden.astype(jnp.float32), unembed, targets, temperature=1.0, chunk=64
-    )
+    logprobs = jax.jit(lambda x: token_logprobs(x, unembed, targets, temperature=1.0, chunk=64)[0])
+    low, high = logprobs(hidden), logprobs(hidden.astype(jnp.float32))
     assert low.dtype == jnp.float32
     np.testing.assert_array_equal(low, high)
 

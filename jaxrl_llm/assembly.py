@@ -120,8 +120,7 @@ class Job:
 
     def rows(self, needed: int) -> int:
         """`needed` rows and those of padding that let them divide into micro-batches on devices."""
-        mesh, learner = self.config.learner.mesh, self.config.learner
-        multiple = mesh.data * mesh.fsdp * learner.micro_batches
+        multiple = self.config.learner.row_multiple
         return -(-needed // multiple) * multiple
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:

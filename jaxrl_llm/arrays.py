@@ -8,11 +8,20 @@ the forward pass that consumes inputs[s].
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.types import NO_ROUTE as NO_ROUTE  # for parts that see device data only
+# For parts that see device data only.
+from jaxrl_llm.types import NO_ROUTE as NO_ROUTE
+from jaxrl_llm.types import NOT_REPLAYED as NOT_REPLAYED
+from jaxrl_llm.types import OLD_ROUTES as OLD_ROUTES
+from jaxrl_llm.types import PROVENANCE as PROVENANCE
+from jaxrl_llm.types import ROUTES_MISSING as ROUTES_MISSING
+from jaxrl_llm.types import ROUTES_UNREPORTED as ROUTES_UNREPORTED
+from jaxrl_llm.types import SAMPLER_ROUTES as SAMPLER_ROUTES
+from jaxrl_llm.types import RouteFallback as RouteFallback
 
 Array = jax.Array
 
@@ -33,6 +42,17 @@ class TrainBatch:
     old_logprobs: Array | None = None  # f32[B, S], pi_old
     ref_logprobs: Array | None = None  # f32[B, S], the frozen reference
     routes: Array | None = None  # int16[B, S, L, K], to replay; NO_ROUTE: the live router decides
+    provenance: Array | None = None  # int8[B, S], whose experts each position uses and why
+    gates: Array | None = None  # f32[B, S, L, K], gate values to replay with the routes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReplayedRoutes:
+    """What a forward pass is told to use in place of its routers' own choice."""
+
+    experts: Array  # int[B, S, L, K], ids; NO_ROUTE in all K slots: the live router decides
+    gates: Array | None = None  # f32[B, S, L, K], of those experts, frozen; None: live gate values
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +62,7 @@ class RouterOutput:
 
     logits: Array  # f32[..., E], live, before the softmax
     experts: Array  # i32[..., K], ids used: the router's own choice or the replayed ids
-    weights: Array  # f32[..., K], gate values of those experts, from the live logits
+    weights: Array  # f32[..., K], gate values of those experts, from live logits or replayed
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +93,43 @@ class Mean:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Max:
+    """A maximum that pools as a Mean does: the sum of two is the larger one."""
+
+    largest: Array  # f32[]; -inf where there was nothing to look at
+
+    def __add__(self, other: Max) -> Max:
+        return Max(jnp.maximum(self.largest, other.largest))
+
+    def value(self) -> Array:
+        """The maximum; NaN of nothing."""
+        return jnp.where(self.largest == -jnp.inf, jnp.nan, self.largest)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Min:
+    """A minimum that pools as a Mean does: the sum of two is the smaller one."""
+
+    smallest: Array  # f32[]; inf where there was nothing to look at
+
+    def __add__(self, other: Min) -> Min:
+        return Min(jnp.minimum(self.smallest, other.smallest))
+
+    def value(self) -> Array:
+        """The minimum; NaN of nothing."""
+        return jnp.where(self.smallest == jnp.inf, jnp.nan, self.smallest)
+
+
+Metrics = Mapping[str, Mean | Max | Min]
+"""What a step reports by name; those of micro-batches, mini-batches and hosts add."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LossOutput:
     """A loss and what it saw."""
 
     loss: Array  # f32[], weighted over the global batch: losses of micro-batches add
     metrics: dict[str, Mean]
+    logprobs: Array | None = None  # f32[B, S], log pi that it saw, a constant; if it was asked for

@@ -28,6 +28,7 @@ from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxrl_llm.evaluate import EvaluationResult, evaluate
+from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -44,6 +45,9 @@ from jaxrl_llm.learner.state import (
     make_optimizer,
 )
 from jaxrl_llm.learner.step import ScoreStep, TrainStep, make_score_step, make_train_step
+from jaxrl_llm.learner.tighten import tightened
+from jaxrl_llm.learner.watch import WatchConfig, WatchState
+from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.buffer import RolloutBuffer
 from jaxrl_llm.rollout.engine import Engine
@@ -64,7 +68,9 @@ class Progress:
     cursor: int  # prompts drawn from the training split
     state: TrainState  # parameters and optimizer, on the devices
     buffer: RolloutBuffer  # finished groups that no update has used
+    watch: WatchState  # what the early warning remembers
     reference: Params | None  # the policy RL started from; None if the loss has no KL penalty
+    stop: str = ""  # why the early warning ends the run here; in no checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +78,9 @@ class Steps:
     """The compiled steps of the learner."""
 
     sft: TrainStep
-    train: TrainStep
     score: ScoreStep
     score_reference: ScoreStep  # as score, with its own routing whatever is replayed
+    attribution: Attribution  # what moved the importance weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +137,16 @@ class Job:
         """Hand the current weights to the engine."""
         self.engine.publish(progress.state.params, self.version(progress))
 
+    def loss(self, progress: Progress) -> LossConfig:
+        """The loss of the next update, tightened as often as the early warning did so."""
+        acted = progress.watch.acted if self.config.learner.watch.action == "tighten" else ()
+        return tightened(self.config.loss, len(acted))
+
+    def train_step(self, progress: Progress) -> TrainStep:
+        """The compiled update with that loss."""
+        config = dataclasses.replace(self.config, loss=self.loss(progress))
+        return _train_step(_compiled(config), self.mesh)
+
 
 def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     """Make the parts; `stack` closes those that hold files or processes.
@@ -164,7 +180,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         engine=engine,
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=_steps(dataclasses.replace(config, run_dir="", seed=0), mesh),
+        steps=_steps(_compiled(config), mesh),
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
@@ -180,19 +196,30 @@ def _optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
     )
 
 
+def _compiled(config: RunConfig) -> RunConfig:
+    """Without what compiles into nothing: runs of one process that differ in it compile once."""
+    learner = dataclasses.replace(config.learner, watch=WatchConfig())
+    return dataclasses.replace(config, run_dir="", seed=0, learner=learner)
+
+
+@functools.lru_cache(maxsize=4)
+def _train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
+    optimizer, temperature = _optimizers(config)[1], config.rollout.temperature
+    return make_train_step(
+        config.model, config.learner, config.loss, optimizer, mesh, temperature=temperature
+    )
+
+
 @functools.lru_cache(maxsize=4)
 def _steps(config: RunConfig, mesh: Mesh) -> Steps:
-    """Cached, so that runs of one process that differ in seed or directory compile once."""
     model, learner, temperature = config.model, config.learner, config.rollout.temperature
-    cold_optimizer, optimizer = _optimizers(config)
-    natural = dataclasses.replace(learner, mini_batches=1, replay="none")
+    cold_optimizer = _optimizers(config)[0]
+    natural = dataclasses.replace(learner, mini_batches=1, replay="none", replay_gates=False)
     return Steps(
         sft=make_sft_step(model, learner, config.loss, cold_optimizer, mesh),
-        train=make_train_step(
-            model, learner, config.loss, optimizer, mesh, temperature=temperature
-        ),
         score=make_score_step(model, learner, mesh, temperature=temperature),
         score_reference=make_score_step(model, natural, mesh, temperature=temperature),
+        attribution=make_attribution(model, learner, mesh, temperature=temperature),
     )
 
 
@@ -212,11 +239,11 @@ def resume(job: Job) -> Progress:
         )
     job.log.resume(checkpoint.step)
     reference = None
-    if config.loss.kl_coefficient and checkpoint.step >= config.cold_start.steps:
+    if config.loss.kl.coefficient and checkpoint.step >= config.cold_start.steps:
         kept = restore(config.directory / REFERENCE, abstract)
         if kept is None:
             raise CheckpointError(
-                f"{config.directory / REFERENCE} is gone, and loss.kl_coefficient needs the "
+                f"{config.directory / REFERENCE} is gone, and loss.kl.coefficient needs the "
                 "policy in it; restore the folder, or use another run directory"
             )
         reference = kept.state.params
@@ -225,6 +252,7 @@ def resume(job: Job) -> Progress:
         cursor=checkpoint.host["cursor"],
         state=checkpoint.state,
         buffer=RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"]),
+        watch=WatchState.from_json(checkpoint.host["watch"]),
         reference=reference,
     )
     if progress.step >= config.cold_start.steps:
@@ -237,7 +265,7 @@ def _begin(job: Job) -> Progress:
     state = init_state(
         config.model, job.cold_optimizer, job.mesh, jax.random.key(job.seed("weights") % 2**32)
     )
-    progress = Progress(0, 0, state, RolloutBuffer(config.rollout.buffer), None)
+    progress = Progress(0, 0, state, RolloutBuffer(config.rollout.buffer), WatchState(), None)
     return progress if config.cold_start.steps else start_rl(job, progress)
 
 
@@ -245,7 +273,7 @@ def start_rl(job: Job, progress: Progress) -> Progress:
     """From the cold start to RL: its own optimizer, a reference for a KL penalty, a publish."""
     state = fresh_optimizer_state(progress.state, job.optimizer)
     reference = None
-    if job.config.loss.kl_coefficient:
+    if job.config.loss.kl.coefficient:
         # Copied, because the train step donates its own parameters.
         reference = jax.tree.map(jnp.copy, state.params)
         with Checkpoints(job.config.directory / REFERENCE, CheckpointConfig(keep_last=1)) as kept:
@@ -265,6 +293,7 @@ def save(job: Job, progress: Progress) -> None:
     host = {
         "cursor": progress.cursor,
         "buffer": progress.buffer.to_json(),
+        "watch": progress.watch.to_json(),
         "dataset": dataset_digest(job.config.task.data),
     }
     job.checkpoints.save(progress.step, progress.state, host)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jaxrl_llm.evaluate import EvaluationConfig
 from jaxrl_llm.learner.checkpoint import CheckpointConfig
 from jaxrl_llm.learner.state import OptimizerConfig
 from jaxrl_llm.learner.step import LearnerConfig
+from jaxrl_llm.learner.tighten import check_tightening
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
@@ -144,22 +146,46 @@ def _check(config: RunConfig) -> None:
             f"rollout.engine.max_length = {rollout.engine.max_length} tokens; make it at least "
             f"{rollout.engine.max_length - 1}, or 0"
         )
-    if learner.old_logprobs == "none" and learner.mini_batches > 1 and _reads_old(loss):
+    if learner.old_logprobs == "none" and learner.mini_batches > 1 and loss.reads_old:
         raise ValueError(
             f"learner.old_logprobs is 'none' with learner.mini_batches = {learner.mini_batches}: "
             "after the first update pi_old is no longer the current policy, and the loss reads it "
-            f"(loss.clip_anchor {loss.clip_anchor!r}, loss.importance {loss.importance!r}); set "
+            f"(loss.clip.anchor {loss.clip.anchor!r}, loss.importance.ratio "
+            f"{loss.importance.ratio!r}); set "
             "learner.old_logprobs to 'score', or anchor both on the sampler"
         )
+    _check_watch(config)
 
 
-def _reads_old(loss: LossConfig) -> bool:
-    return loss.clip_anchor == "old" or loss.importance in ("mismatch", "staleness")
+def _check_watch(config: RunConfig) -> None:
+    """What the action of the early warning needs of other parts."""
+    watch, checkpoint = config.learner.watch, config.checkpoint
+    if watch.action == "tighten":
+        check_tightening(config.loss)
+    if watch.action == "roll_back":
+        # The newest regular checkpoints may be of steps at which the rule held already, and the
+        # next newest may have been rolled back from.
+        spoiled = 2 * -(-watch.patience // checkpoint.every) if checkpoint.every else 0
+        if not checkpoint.every or checkpoint.keep_last <= spoiled:
+            raise ValueError(
+                f"learner.watch.action is roll_back with checkpoint.every {checkpoint.every} and "
+                f"checkpoint.keep_last {checkpoint.keep_last}: no checkpoint from before an alarm "
+                f"would be left; make checkpoint.every positive and keep_last at least "
+                f"{spoiled + 1}"
+            )
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The config as plain JSON values; inverse of from_json."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    """The config as plain JSON values, infinities as text; inverse of from_json."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
     return values
 
 

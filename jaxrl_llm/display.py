@@ -111,7 +111,7 @@ def summary(run_dir: Path) -> Table:
         ("entropy, nats per token", "policy/entropy"),
         ("KL(mu || pi_old), nats per token", "policy/kl_sampler_old"),
         ("route agreement", "routing/agreement"),
-        ("importance weight", "is_weight/used"),
+        ("importance weight", "is_weight/used_mean"),
     ):
         if name in steps:
             table.add_row(label, f"{steps[name][0]:.4g}", f"{steps[name][-1]:.4g}")

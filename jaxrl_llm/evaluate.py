@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.rollout.engine import Engine, EngineFailure, Request
-from jaxrl_llm.types import Group, Prompt, Rollout, SamplingParams
+from jaxrl_llm.types import Group, Prompt, Rollout, SamplingParams, without_routes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def evaluate(
         else:
             # Nothing here reads routes, and those of a whole split would fill the memory.
             key = (result.prompt_id, result.sample_index)
-            rollouts[key] = dataclasses.replace(result, routes=None)
+            rollouts[key] = without_routes(result)
     if len(rollouts) + sum(failures.values()) != len(requests):
         raise ValueError(
             f"the engine answered {len(rollouts)} of {len(requests)} requests and failed "

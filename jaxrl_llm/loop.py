@@ -17,21 +17,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl_llm.arrays import Mean, TrainBatch
+from jaxrl_llm.arrays import Max, Mean, Metrics, Min, TrainBatch
 from jaxrl_llm.assembly import Job, Progress, assemble, resume, save, start_rl
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.collate import collate, collate_demonstrations, rows_needed
 from jaxrl_llm.data.demonstrations import make_demonstrations
 from jaxrl_llm.data.prompts import prompt_indices
 from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.learner.state import TrainState
 from jaxrl_llm.learner.step import prepare
-from jaxrl_llm.losses.advantages import group_advantages
+from jaxrl_llm.learner.watch import EarlyStop
+from jaxrl_llm.losses.advantages import response_advantages
+from jaxrl_llm.recovery import respond
 from jaxrl_llm.rollout.buffer import GroupAssembler
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.statistics import group_metrics
@@ -39,7 +45,6 @@ from jaxrl_llm.runlog import METRICS, StepRecord
 from jaxrl_llm.types import Group, Rollout
 
 Timings = dict[str, float]
-Metrics = dict[str, Mean]
 
 MAX_REFILLS = 4
 """Attempts to fill a rollout batch whose requests fail, before the run stops with an error."""
@@ -49,20 +54,24 @@ def run(config: RunConfig) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
     Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a
-    directory that holds another experiment, and CheckpointError for a damaged checkpoint.
+    directory that holds another experiment, and CheckpointError for a damaged checkpoint. Raises
+    EarlyStop, with all records yielded and a checkpoint made, where the early warning ends it.
     """
     with contextlib.ExitStack() as stack:
         job = assemble(config, stack)
         for records, progress in _steps(job, resume(job)):
             for record in records:
                 job.log.write(record)
-            if job.checkpoints.due(progress.step) or progress.step == job.last_step:
+            last = progress.step == job.last_step or bool(progress.stop)
+            if last or job.checkpoints.due(progress.step):
                 save(job, progress)
             try:
                 yield from records
             except GeneratorExit:
                 save(job, progress)
                 raise
+            if progress.stop:
+                raise EarlyStop(progress.stop)
 
 
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
@@ -119,21 +128,20 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
 
     with _timed(timings, "seconds/score"):
         device_batches, scores = _score(job, progress, batches)
-    state, updates = progress.state, []
-    with _timed(timings, "seconds/update"):
-        for batch in device_batches:
-            state, metrics = job.steps.train(state, batch)
-            updates.append(metrics)
-        values = _values(scores) | _values(updates)
+    state, updates = _update(job, progress, batches[-1], device_batches, timings)
+    values = _values(scores) | updates | group_metrics(groups, version) | counts
     after = dataclasses.replace(progress, step=progress.step + 1, state=state)
+    after, watched, heard = respond(job, after, values)
+    values |= watched
+    if after.state is state:  # not rolled back
+        _check_finite(after.step, values)
     with _timed(timings, "seconds/publish"):
         job.publish(after)
 
-    values |= group_metrics(groups, version) | counts
     learning = timings["seconds/score"] + timings["seconds/update"]
     timings["rate/learner_tokens_per_second"] = _tokens(batches) / learning
     timings["seconds/step"] = time.perf_counter() - start
-    events += _warnings(job, values)
+    events += _warnings(job, values) + heard
     return StepRecord("rl", after.step, values, timings, events, tuple(groups)), after
 
 
@@ -246,6 +254,7 @@ def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[Train
             rows=rows,
             length=job.row_length,
             pack=learner.pack,
+            route_fallback=learner.route_fallback if learner.replay == "r3" else "live",
         )
         for part, part_rollouts in zip(parts, rollouts, strict=True)
     ]
@@ -266,10 +275,9 @@ def _rows(job: Job, parts: Sequence[Sequence[Rollout]]) -> int:
 def _advantages(job: Job, group: Group) -> np.ndarray:
     """f32[N] of one group."""
     rewards = np.array([[rollout.reward for rollout in group.rollouts]], np.float32)
-    settings = job.config.learner.advantage
-    return group_advantages(
-        rewards, np.ones_like(rewards, bool), baseline=settings.baseline, scale=settings.scale
-    )[0]
+    truncated = np.array([[rollout.finish == "length" for rollout in group.rollouts]])
+    valid = np.ones_like(truncated)
+    return response_advantages(rewards, valid, truncated, job.config.loss.advantage)[0]
 
 
 def _score(
@@ -294,6 +302,38 @@ def _score(
         scored.append(batch)
     jax.block_until_ready(scored)
     return scored, metrics
+
+
+def _update(
+    job: Job,
+    progress: Progress,
+    last_collated: TrainBatch,
+    batches: Sequence[TrainBatch],
+    timings: Timings,
+) -> tuple[TrainState, dict[str, float]]:
+    """The updates on the scored mini-batches; the state after them, and what they saw.
+
+    Every few steps the last mini-batch, for which the policy has moved most, is also examined for
+    what moved its importance weights: as it was collated, with the sampler's routes in it.
+    """
+    state, metrics, train = progress.state, [], job.train_step(progress)
+    every, attribution = job.config.learner.watch.attribution_every, job.steps.attribution
+    due = every > 0 and (job.version(progress) + 1) % every == 0
+    if due:
+        with _timed(timings, "seconds/attribution"):
+            old_passes = attribution.before(state.params, job.to_devices(last_collated))
+            jax.block_until_ready(old_passes)
+    with _timed(timings, "seconds/update"):
+        for batch in batches[:-1]:
+            state, seen = train(state, batch)
+            metrics.append(seen)
+        jax.block_until_ready(state)
+    if due:
+        with _timed(timings, "seconds/attribution"):
+            metrics.append(jax.block_until_ready(attribution.after(state.params, old_passes)))
+    with _timed(timings, "seconds/update"):
+        state, seen = train(state, batches[-1])
+        return state, _values([*metrics, seen])
 
 
 def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
@@ -325,30 +365,61 @@ def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
 
 def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:
     """What a reader of the run log must not overlook about this step."""
-    replay, coverage = job.config.learner.replay, values["routing/replay_coverage"]
+    replay, fallback = job.config.learner.replay, values["routing/fallback_fraction"]
     warnings = []
-    if replay != "none" and coverage < 1:
+    if replay != "none" and fallback:
+        unreported, missing = (values[f"routing/provenance_{n}"] for n in ("unreported", "missing"))
         warnings.append(
-            f"routing replay {replay} is configured but only {coverage:.2%} of the trained tokens "
-            "replayed their routes; the others used the live router"
+            f"routing replay {replay} is configured but {fallback:.2%} of the sampled tokens used "
+            f"the live router: {unreported:.2%} because the engine reported no routes for their "
+            f"rollout, {missing:.2%} because their rollout has routes but they have none"
+        )
+    if replay != "none" and (lost := 1 - fallback - values["routing/replay_coverage"]) > 1e-5:
+        warnings.append(
+            f"routing replay {replay} did not fire: {lost:.2%} of the sampled tokens were given "
+            "routes but their forward pass used other experts; do not trust this step"
         )
     if dropped := values["rollout/dropped_groups"]:
         warnings.append(f"{dropped:.0f} groups were dropped: {METRICS['rollout/dropped_groups']}")
     return tuple(warnings)
 
 
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    """ValueError for an update that broke: its weights must reach no engine and no checkpoint."""
+    counts = {name: n for name, n in values.items() if name.startswith("nonfinite/") and n}
+    norms = {name: values[name] for name in ("learner/loss", "learner/grad_norm")}
+    counts |= {name: value for name, value in norms.items() if not np.isfinite(value)}
+    if counts:
+        found = ", ".join(f"{name} = {value:g}" for name, value in counts.items())
+        raise ValueError(
+            f"the update of step {step} is not finite ({found}); its weights were not published "
+            "and not saved. The same command goes on from the last checkpoint: lower "
+            "learner.optimizer.learning_rate, or set learner.watch.action to roll_back"
+        )
+
+
 def _values(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """Metrics of several mini-batches as numbers: Means are pooled, other values averaged."""
+    """Metrics of several mini-batches, pooled into numbers.
+
+    One that had nothing to look at is left out: 0 would be a claim.
+    """
     host = jax.device_get(list(metrics))
-    values = {}
-    for name in host[0] if host else ():
-        parts = [part[name] for part in host]
-        if isinstance(parts[0], Mean):
-            total, weight = (sum(float(getattr(p, f)) for p in parts) for f in ("total", "weight"))
-            values[name] = total / weight if weight else 0.0
-        else:
-            values[name] = float(np.mean(parts))
-    return values
+    names = dict.fromkeys(name for part in host for name in part)
+    pooled = {name: _pooled([part[name] for part in host if name in part]) for name in names}
+    return {name: value for name, value in pooled.items() if value is not None}
+
+
+def _pooled(parts: Sequence[Mean | Max | Min]) -> float | None:
+    """One number from those of mini-batches; None if there was nothing to look at."""
+    pooled: Any = functools.reduce(operator.add, parts)
+    match pooled:
+        case Mean(total, weight):
+            return float(total) / float(weight) if weight else None
+        case Max(largest):
+            return None if largest == -np.inf else float(largest)
+        case Min(smallest):
+            return None if smallest == np.inf else float(smallest)
+    raise TypeError(f"a metric is {type(pooled).__name__}; it must be Mean, Max or Min")
 
 
 def _tokens(batches: Sequence[TrainBatch]) -> int:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import hashlib
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +37,50 @@ NOT_SAMPLED = -1
 """Weight version of a position whose target was not sampled by the policy."""
 
 Finish = Literal["stop", "length", "abort"]
+
+# Where the experts of a position come from: the provenance codes, int8, one for each position.
+#
+#     code              whose experts        why
+#     NOT_REPLAYED      the live router's    padding, or no routing replay is configured
+#     SAMPLER_ROUTES    the sampler's        r3: the inference engine reported them
+#     OLD_ROUTES        pi_old's             r2: the scoring pass chose them
+#     ROUTES_UNREPORTED the live router's    r3: the engine reported no routes for this rollout
+#     ROUTES_MISSING    the live router's    r3: the rollout has routes, this token has NO_ROUTE
+NOT_REPLAYED, SAMPLER_ROUTES, OLD_ROUTES, ROUTES_UNREPORTED, ROUTES_MISSING = range(5)
+
+PROVENANCE: dict[int, str] = {
+    NOT_REPLAYED: "not_replayed",
+    SAMPLER_ROUTES: "sampler",
+    OLD_ROUTES: "old",
+    ROUTES_UNREPORTED: "unreported",
+    ROUTES_MISSING: "missing",
+}
+"""Every provenance code -> the name it is logged under."""
+
+RouteFallback = Literal["error", "live"]
+"""What becomes of a token that a replay gives no routes: refused, or left to the live router."""
+
+RouteCause = Literal[
+    "dtype",  # not integers
+    "shape",  # not [rows, layers, K]
+    "row_count",  # not one row for each forward pass
+    "layer_count",  # neither the MoE layers nor all hidden layers
+    "dense_layer",  # expert ids where the model has no experts
+    "range",  # an id that is no expert
+    "partial_row",  # NO_ROUTE in some but not all slots of a token
+    "zero_layer",  # a layer that was never written
+    "duplicate",  # an expert twice in one row
+    "missing",  # no routes where a replay requires them
+    "digest",  # routes that are not bound to these tokens
+]
+
+
+class RouteError(ValueError):
+    """Routes that must not be replayed. `cause` is for machines, the message for people."""
+
+    def __init__(self, cause: RouteCause, message: str) -> None:
+        super().__init__(message)
+        self.cause: RouteCause = cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +139,10 @@ class Rollout:
     finish: Finish
     reward: float | None = None  # None until verified
     verdict: str = ""  # the verifier's cause, for example "correct" or "no_answer"
+    route_digest: str = ""  # binds routes to tokens, see route_digest(); "" iff routes is None
 
     def __post_init__(self) -> None:
-        name = f"rollout {self.prompt_id!r} sample {self.sample_index}"
+        name = self.name
         _check_array(name, "tokens", self.tokens, np.int32, (None,))
         if self.tokens.size < 2:
             raise ValueError(
@@ -109,12 +155,24 @@ class Rollout:
         _check_array(name, "weight_version", self.weight_version, np.int32, (positions,))
         if self.routes is not None:
             _check_array(name, "routes", self.routes, np.int16, (positions, None, None))
+        if (self.routes is None) != (self.route_digest == ""):
+            raise RouteError(
+                "digest",
+                f"{name}: routes is {'None' if self.routes is None else 'given'} but route_digest "
+                f"is {self.route_digest!r}; attach routes with rollout.routes.with_routes and take "
+                "them off with without_routes",
+            )
         sampled = self.sampler_logprobs[self.loss_mask]
         if not np.all(np.isfinite(sampled)) or np.any(sampled > 0):
             raise ValueError(
                 f"{name}: sampler_logprobs of sampled tokens must be finite and at most 0; got "
                 f"values in [{np.min(sampled)}, {np.max(sampled)}], which cannot be trained on"
             )
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"rollout {self.prompt_id!r} sample {self.sample_index}"
 
     @property
     def response_length(self) -> int:
@@ -135,6 +193,47 @@ class Group:
             raise ValueError(
                 f"group {self.prompt.prompt_id!r} holds rollouts of others: {sorted(strangers)}"
             )
+
+
+def route_digest(rollout: Rollout, routes: np.ndarray) -> str:
+    """32 hexadecimal digits that bind routes to the rollout they arrived with.
+
+    BLAKE2b over prompt_id, sample_index, the tokens, and the routes with their shape and dtype: any
+    other routes, and these routes on any other rollout, have another digest.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    header = (rollout.prompt_id, rollout.sample_index, rollout.tokens.size)
+    digest.update(repr((*header, routes.dtype.str, routes.shape)).encode())
+    for array in (rollout.tokens, routes):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def bind_routes(rollout: Rollout, routes: np.ndarray) -> Rollout:
+    """The rollout with routes int16[S, L, K] and the digest that binds them to its tokens.
+
+    It looks at no route; engines call rollout.routes.with_routes, which checks them first.
+    """
+    return dataclasses.replace(rollout, routes=routes, route_digest=route_digest(rollout, routes))
+
+
+def check_digest(rollout: Rollout) -> None:
+    """Raises RouteError, naming the rollout, if its routes are not those that arrived with it."""
+    if rollout.routes is None:
+        return
+    found = route_digest(rollout, rollout.routes)
+    if found != rollout.route_digest:
+        raise RouteError(
+            "digest",
+            f"{rollout.name}: its routes have the digest {found}, but {rollout.route_digest} "
+            "arrived with its tokens; one of them was changed, shifted or taken from another "
+            "rollout since: keep arrays of a rollout as they arrived",
+        )
+
+
+def without_routes(rollout: Rollout) -> Rollout:
+    """The rollout without its routes and their digest."""
+    return dataclasses.replace(rollout, routes=None, route_digest="")
 
 
 def group_to_json(group: Group) -> dict[str, Any]:

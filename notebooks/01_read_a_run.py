@@ -97,7 +97,7 @@ plt.show()
 # %%
 panels = {
     "discrepancy [nats]": ("policy/kl_sampler_old_k3",),
-    "importance weight": ("is_weight/raw", "is_weight/used"),
+    "importance weight": ("is_weight/raw_mean", "is_weight/used_mean"),
     "clipped [fraction]": ("clip/high_fraction", "clip/low_fraction"),
     "entropy [nats]": ("policy/entropy",),
     "routes": ("routing/agreement", "routing/replay_coverage"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxrl_llm.runlog import RunLogConfig, RunWriter, StepRecord
-from jaxrl_llm.types import Group, Prompt, Rollout
+from jaxrl_llm.types import Group, Prompt, Rollout, bind_routes
 
 COLD_START_STEPS = 40
 RL_STEPS = 60
@@ -34,19 +34,20 @@ def make_rollout(
     positions = tokens.size - 1
     mask = np.arange(positions) >= prompt.tokens.size - 1
     logprobs = np.where(mask, -rng.exponential(0.4, positions), 0.0).astype(np.float32)
-    return Rollout(
+    rollout = Rollout(
         prompt_id=prompt.prompt_id,
         sample_index=sample_index,
         tokens=tokens,
         loss_mask=mask,
         sampler_logprobs=logprobs,
-        routes=rng.integers(0, 8, (positions, 2, 2)).astype(np.int16),
+        routes=None,
         weight_version=np.where(mask, 3, -1).astype(np.int32),
         text=response,
         finish="stop",
         reward=float(correct),
         verdict="correct" if correct else "wrong",
     )
+    return bind_routes(rollout, rng.integers(0, 8, (positions, 2, 2)).astype(np.int16))
 
 
 def make_group(step: int, *, samples: int = 4) -> Group:
@@ -81,8 +82,8 @@ def rl_record(step: int, *, progress: float) -> StepRecord:
         "policy/entropy": 0.42 - 0.25 * progress + rng.normal(0, 0.01),
         "policy/kl_sampler_old": kl + rng.normal(0, 8e-4),
         "policy/kl_sampler_old_k3": kl,
-        "is_weight/raw": 1 + rng.normal(0, 4e-3),
-        "is_weight/used": 0.998 + rng.normal(0, 3e-3),
+        "is_weight/raw_mean": 1 + rng.normal(0, 4e-3),
+        "is_weight/used_mean": 0.998 + rng.normal(0, 3e-3),
         "is_weight/capped_fraction": 2e-4,
         "clip/high_fraction": abs(rng.normal(0, 2e-3)),
         "clip/low_fraction": abs(rng.normal(0, 4e-3)),

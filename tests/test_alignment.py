@@ -19,6 +19,7 @@ import pytest
 
 from jaxrl_llm.arrays import Array, TrainBatch
 from jaxrl_llm.data.collate import collate, unpack
+from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.policy import LossConfig, policy_loss
 from jaxrl_llm.losses.weights import token_weights
 from jaxrl_llm.types import (
@@ -27,6 +28,7 @@ from jaxrl_llm.types import (
     Group,
     Prompt,
     Rollout,
+    bind_routes,
     group_from_json,
     group_to_json,
 )
@@ -35,16 +37,19 @@ VOCAB = 16
 LENGTH = 12
 STEP = 9
 
-TRACED = Rollout(
-    prompt_id="traced",
-    sample_index=0,
-    tokens=np.array([11, 12, 13, 14, 1], np.int32),
-    loss_mask=np.array([False, True, True, True]),
-    sampler_logprobs=np.array([0.0, -0.1, -0.2, -0.3], np.float32),
-    routes=np.array([[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]], np.int16),
-    weight_version=np.array([NOT_SAMPLED, 9, 8, 7], np.int32),
-    text="",
-    finish="stop",
+TRACED = bind_routes(
+    Rollout(
+        prompt_id="traced",
+        sample_index=0,
+        tokens=np.array([11, 12, 13, 14, 1], np.int32),
+        loss_mask=np.array([False, True, True, True]),
+        sampler_logprobs=np.array([0.0, -0.1, -0.2, -0.3], np.float32),
+        routes=None,
+        weight_version=np.array([NOT_SAMPLED, 9, 8, 7], np.int32),
+        text="",
+        finish="stop",
+    ),
+    np.array([[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]], np.int16),
 )
 OTHER = Rollout(
     prompt_id="other",
@@ -144,7 +149,7 @@ def test_the_loss_pairs_each_log_probability_with_its_token(placing: str) -> Non
     weights = token_weights(
         jnp.asarray(batch.loss_mask), jnp.asarray(batch.segment_ids), per="response_sum"
     )
-    config = LossConfig(clip_anchor="none")
+    config = LossConfig(clip=ClipConfig(kind="none"))
 
     def loss(logprobs: Array) -> Array:
         return policy_loss(logprobs, jnp.zeros_like(logprobs), batch, weights, config).loss
@@ -178,7 +183,11 @@ def test_only_the_inputs_of_sampled_tokens_get_a_gradient_through_the_model(plac
     def loss(table: Array) -> Array:
         logprobs = bigram_logprobs(table, batch)
         return policy_loss(
-            logprobs, jnp.zeros_like(logprobs), batch, weights, LossConfig(clip_anchor="none")
+            logprobs,
+            jnp.zeros_like(logprobs),
+            batch,
+            weights,
+            LossConfig(clip=ClipConfig(kind="none")),
         ).loss
 
     gradient = np.asarray(jax.grad(loss)(jnp.zeros((VOCAB, VOCAB))))

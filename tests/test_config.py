@@ -18,6 +18,7 @@ from jaxrl_llm.config import (
     read_config,
     to_json,
 )
+from jaxrl_llm.losses.clipping import ClipConfig
 from tests.tiny import tiny_config, vary
 
 ROOT = Path(__file__).parent.parent
@@ -41,11 +42,11 @@ def test_a_seed_gets_a_directory_of_its_own() -> None:
 
 def test_flags_override_nested_settings() -> None:
     default = load_config(ROOT / "configs/quickstart.py")
-    flags = ["--loss.clip-high", "0.3", "--rollout.engine.precision", "int8", "--seed", "7"]
+    flags = ["--loss.clip.high", "0.3", "--rollout.engine.precision", "int8", "--seed", "7"]
     config = tyro.cli(RunConfig, default=default, args=flags)
-    assert (config.loss.clip_high, config.rollout.engine.precision, config.seed) == (0.3, "int8", 7)
+    assert (config.loss.clip.high, config.rollout.engine.precision, config.seed) == (0.3, "int8", 7)
     assert [line.split(":")[0] for line in differences(default, config)] == [
-        "loss.clip_high",
+        "loss.clip.high",
         "rollout.engine.precision",
         "seed",
     ]
@@ -70,15 +71,15 @@ def test_help_shows_flags_values_and_comments(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         tyro.cli(RunConfig, default=load_config(ROOT / "configs/quickstart.py"), args=["--help"])
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--loss.clip-high FLOAT" in printed
-    assert "masked above the ratio 1 + clip_high (default: 0.27)" in printed
+    assert "--loss.clip.high FLOAT" in printed
+    assert "on the side where a token with A > 0 is pushed (default: 0.27)" in printed
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"loss": {"clip_hihg": 0.3}}, r"clip_hihg.*config\.loss"),
-        ({"loss": {"clip_low": -1.0}}, "clip_low is -1"),
+        ({"loss": {"clip": {"hihg": 0.3}}}, r"hihg.*config\.loss\.clip"),
+        ({"loss": {"clip": {"low": -1.0}}}, "clip.low is -1"),
         ({"steps": "many"}, r"config\.steps"),
         ({"learner": {"replay": "r4"}}, r"config\.learner\.replay"),
     ],
@@ -125,7 +126,7 @@ def test_contradictions_are_refused_with_the_remedy(
 
 
 def test_without_old_logprobs_the_loss_may_anchor_on_the_sampler(tmp_path: Path) -> None:
-    config = vary(tiny_config(tmp_path / "run"), "loss", clip_anchor="sampler")
+    config = vary(tiny_config(tmp_path / "run"), "loss", clip=ClipConfig(anchor="sampler"))
     assert vary(config, "learner", old_logprobs="none").learner.mini_batches == 2
 
 

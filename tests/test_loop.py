@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,17 +12,21 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import assembly, loop
+from jaxrl_llm.arrays import Mean
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.prompts import DataConfig, load_prompts, prompt_indices
 from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointError
+from jaxrl_llm.losses.clipping import ClipConfig
+from jaxrl_llm.losses.kl import KLConfig
+from jaxrl_llm.losses.weights import ImportanceConfig
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
 from jaxrl_llm.rollout.engine import EngineFailure, Params, Request
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import StepRecord, describe
 from jaxrl_llm.sharding import MeshConfig
-from jaxrl_llm.types import Rollout
+from jaxrl_llm.types import Rollout, RouteError, without_routes
 from tests.tiny import COLD_STEPS, RL_STEPS, tiny_config, vary
 
 
@@ -81,8 +86,8 @@ def test_records_are_in_the_log_and_every_name_is_documented(finished) -> None:
         "policy/kl_sampler_old",
         "routing/agreement",
         "routing/replay_coverage",
-        "is_weight/raw",
-        "is_weight/used",
+        "is_weight/raw_mean",
+        "is_weight/used_mean",
         "clip/high_fraction",
         "clip/low_fraction",
         "learner/grad_norm",
@@ -160,8 +165,8 @@ def test_a_directory_has_one_writer(finished, tmp_path) -> None:
 
 def test_a_directory_with_other_settings_is_refused_by_name(finished) -> None:
     config, _ = finished
-    other = vary(config, "loss", clip_high=0.5)
-    with pytest.raises(ValueError, match=r"loss\.clip_high: 0\.27 != 0\.5.*--run-dir"):
+    other = vary(config, "loss", clip=ClipConfig(high=0.5))
+    with pytest.raises(ValueError, match=r"loss\.clip\.high: 0\.27 != 0\.5.*--run-dir"):
         run(other)
 
 
@@ -252,8 +257,11 @@ LEARNERS = {
     "on-policy, no scoring pass": ("learner", {"mini_batches": 1, "old_logprobs": "none"}),
     "r2": ("learner", {"replay": "r2"}),
     "no replay": ("learner", {"replay": "none"}),
-    "k2 penalty": ("loss", {"kl_coefficient": 0.1}),
-    "capped mismatch": ("loss", {"importance": "mismatch", "clip_anchor": "sampler"}),
+    "k2 penalty": ("loss", {"kl": KLConfig(coefficient=0.1)}),
+    "capped mismatch": (
+        "loss",
+        {"importance": ImportanceConfig(ratio="mismatch"), "clip": ClipConfig(anchor="sampler")},
+    ),
     "entropy and router losses": (
         "loss",
         {
@@ -315,7 +323,7 @@ class Faulty:
         for outcome in self._engine.generate(requests):
             assert isinstance(outcome, Rollout)
             if outcome.sample_index == 0 and self._strip_routes:
-                yield dataclasses.replace(outcome, routes=None)
+                yield without_routes(outcome)
             elif outcome.sample_index == 0 and self._fail:
                 yield EngineFailure(outcome.prompt_id, 0, "not_finite", "made to fail")
             else:
@@ -331,7 +339,11 @@ class Faulty:
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"strip_routes": True, "fail": False}, r"only \d\d\.\d\d% of the trained tokens replayed"),
+        (
+            {"strip_routes": True, "fail": False},
+            r"r3 is configured but (\d\d\.\d\d%) of the sampled tokens used the live router: \1 "
+            r"because the engine reported no routes for their rollout, 0\.00% because",
+        ),
         (
             {"strip_routes": False, "fail": True},
             r"failed 4 requests \(not_finite\), the first: made to fail",
@@ -345,7 +357,8 @@ def test_what_an_engine_leaves_out_is_counted_and_said(
         return Faulty(LocalEngine(config.rollout.engine, config.model, tokenizer.decode), **faults)
 
     monkeypatch.setattr(assembly, "_engine", faulty)
-    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"), steps=1)
+    config = vary(finished[0], "learner", route_fallback="live")
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"), steps=1)
     record = next(r for r in run(config) if r.phase == "rl")
     assert len(record.events) == 1
     assert re.search(message, record.events[0])
@@ -353,3 +366,46 @@ def test_what_an_engine_leaves_out_is_counted_and_said(
     stored = [json.loads(line) for line in lines]
     # With a failing engine the evaluations have events too.
     assert [e["message"] for e in stored if e["phase"] == "rl"] == list(record.events)
+
+
+def test_a_rollout_without_routes_stops_r3_before_any_update(
+    finished, tmp_path, monkeypatch
+) -> None:
+    """The default of learner.route_fallback."""
+
+    def faulty(config: RunConfig, tokenizer: object) -> Faulty:
+        engine = LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
+        return Faulty(engine, strip_routes=True, fail=False)
+
+    monkeypatch.setattr(assembly, "_engine", faulty)
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"), steps=1)
+    with pytest.raises(RouteError, match=r"sample 0: (\d+) of its \1 positions have no routes"):
+        run(config)
+    assert {line["phase"] for line in logged(config.directory)} == {"sft", "eval"}
+
+
+def test_a_replay_that_did_not_fire_is_said() -> None:
+    """The forward pass used other experts than it was given: the passes must be broken."""
+    config = tiny_config(Path("run"))
+    job = types.SimpleNamespace(config=config)
+    values = {
+        "routing/replay_coverage": 0.75,
+        "routing/fallback_fraction": 0.125,
+        "routing/provenance_unreported": 0.0,
+        "routing/provenance_missing": 0.125,
+        "rollout/dropped_groups": 0.0,
+    }
+    fallback, lost = loop._warnings(job, values)
+    assert "12.50% of the sampled tokens used the live router" in fallback
+    assert "12.50% because their rollout has routes but they have none" in fallback
+    assert "r3 did not fire: 12.50% of the sampled tokens were given routes" in lost
+    fired = {"routing/replay_coverage": 1.0, "routing/fallback_fraction": 0.0}
+    assert loop._warnings(job, values | fired) == ()
+
+
+def test_metrics_that_some_mini_batches_lack_are_pooled_over_the_others() -> None:
+    def mean(total: float, weight: float) -> Mean:
+        return Mean(np.float32(total), np.float32(weight))
+
+    parts = [{"a": mean(1, 2)}, {"a": mean(3, 2), "b": mean(1, 4)}]
+    assert loop._values(parts) == {"a": 1.0, "b": 0.25}

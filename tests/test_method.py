@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.arrays import ReplayedRoutes
 from jaxrl_llm.data.collate import collate
 from jaxrl_llm.data.tokenizer import TokenizerConfig, make_tokenizer
 from jaxrl_llm.learner.state import OptimizerConfig, init_state, make_optimizer
@@ -60,7 +61,7 @@ def test_exact_sampling_and_r3_leave_nothing_to_correct() -> None:
     score = make_score_step(MODEL, LEARNER, mesh, temperature=TEMPERATURE)(state.params, batch)
     prepared = prepare(batch, score, "r3")
     policy = make_policy(MODEL, LEARNER.compute, mesh, temperature=TEMPERATURE)
-    logprobs = policy(state.params, prepared, prepared.routes).logprobs
+    logprobs = policy(state.params, prepared, ReplayedRoutes(prepared.routes)).logprobs
     mask = batch.loss_mask
     weights = np.exp(np.asarray(logprobs) - batch.sampler_logprobs)[mask]
     np.testing.assert_allclose(weights, 1.0, atol=1e-4)
@@ -73,8 +74,8 @@ def test_exact_sampling_and_r3_leave_nothing_to_correct() -> None:
     value = {name: float(mean.value()) for name, mean in metrics.items()}
     assert value["clip/high_fraction"] == value["clip/low_fraction"] == 0.0
     assert value["is_weight/capped_fraction"] == 0.0
-    assert value["is_weight/raw"] == pytest.approx(1.0, abs=1e-4)
-    assert value["policy/ratio_old"] == pytest.approx(1.0, abs=1e-6)
+    assert value["is_weight/raw_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert value["staleness/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert value["routing/replay_coverage"] == 1.0
 
 

@@ -12,30 +12,33 @@ from jaxrl_llm.types import (
     Prompt,
     Rollout,
     SamplingParams,
+    bind_routes,
     group_from_json,
     group_to_json,
+    without_routes,
 )
 
 
 def make_rollout() -> Rollout:
-    return Rollout(
+    rollout = Rollout(
         prompt_id="p0",
         sample_index=3,
         tokens=np.array([1, 2, 3, 4, 5], np.int32),
         loss_mask=np.array([False, True, True, True]),
         sampler_logprobs=np.array([0.0, -0.1, -1e-30, -3.3333333], np.float32),
-        routes=np.arange(16, dtype=np.int16).reshape(4, 2, 2),
+        routes=None,
         weight_version=np.array([NOT_SAMPLED, 7, 7, 7], np.int32),
         text="x < y & 'z'",
         finish="stop",
         reward=1.0,
         verdict="correct",
     )
+    return bind_routes(rollout, np.arange(16, dtype=np.int16).reshape(4, 2, 2))
 
 
 def make_group() -> Group:
     prompt = Prompt("p0", np.array([1, 2], np.int32), "1+1=", "2", "works out as 2")
-    return Group(prompt, (make_rollout(), dataclasses.replace(make_rollout(), routes=None)))
+    return Group(prompt, (make_rollout(), without_routes(make_rollout())))
 
 
 def assert_records_equal(left: Prompt | Rollout, right: Prompt | Rollout) -> None:

@@ -18,7 +18,17 @@ import numpy as np
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.data.demonstrations import Demonstration
-from jaxrl_llm.types import NO_ROUTE, Rollout
+from jaxrl_llm.types import (
+    NO_ROUTE,
+    NOT_REPLAYED,
+    ROUTES_MISSING,
+    ROUTES_UNREPORTED,
+    SAMPLER_ROUTES,
+    Rollout,
+    RouteError,
+    RouteFallback,
+    check_digest,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,7 @@ def collate(
     rows: int,
     length: int,
     pack: bool,
+    route_fallback: RouteFallback = "live",
 ) -> TrainBatch:
     """A mini-batch of numpy arrays from rollouts and one advantage for each.
 
@@ -84,11 +95,16 @@ def collate(
       step: learner step now; staleness is step - weight_version on the mask.
       rows, length: shape [B, S] of the result.
       pack: several rollouts per row (first-fit decreasing), or one.
+      route_fallback: "error" refuses a rollout or a token without routes; "live" leaves it to the
+        live router, and provenance says so.
 
-    Returns a TrainBatch without old_logprobs and ref_logprobs. Its routes are None if no rollout
-    has any; otherwise rollouts without routes, and padding, hold NO_ROUTE.
+    Returns a TrainBatch without old_logprobs, ref_logprobs and gates. Its routes are None if no
+    rollout has any; otherwise rollouts without routes, and padding, hold NO_ROUTE. Its provenance
+    is that of a replay of these routes.
     Raises ValueError, naming the prompt, for a rollout longer than a row, one sampled by weights
-    newer than `step`, or routes of unequal shape; and when the rows do not suffice.
+    newer than `step`, or routes of unequal shape; and when the rows do not suffice. Raises
+    RouteError, of cause "digest" for routes that did not arrive with these tokens, and "missing"
+    where route_fallback is "error".
     """
     advantages = np.asarray(advantages)
     if advantages.shape != (len(rollouts),) or advantages.dtype != np.float32:
@@ -96,7 +112,7 @@ def collate(
             f"advantages is {advantages.dtype}{list(advantages.shape)}; "
             f"expected float32[{len(rollouts)}], one for each rollout"
         )
-    names = [f"rollout {r.prompt_id!r} sample {r.sample_index}" for r in rollouts]
+    names = [rollout.name for rollout in rollouts]
     placement = _place_all([r.tokens for r in rollouts], names, rows, length, pack)
     batch = _empty(rows, length)
     routes = _empty_routes(rollouts, names, rows, length)
@@ -111,7 +127,9 @@ def collate(
         batch["staleness"][where] = staleness
         batch["sampler_logprobs"][where] = np.where(rollout.loss_mask, rollout.sampler_logprobs, 0)
         batch["advantages"][where] = np.where(rollout.loss_mask, advantages[index], 0)
+        batch["provenance"][where] = _provenance(rollout, route_fallback)
         if routes is not None and rollout.routes is not None:
+            check_digest(rollout)
             routes[where] = rollout.routes
     batch["routes"] = routes
     return TrainBatch(**batch)
@@ -173,7 +191,27 @@ def _empty(rows: int, length: int) -> dict[str, Any]:
     fields["loss_mask"] = np.zeros(shape, np.bool_)
     fields["sampler_logprobs"] = np.zeros(shape, np.float32)
     fields["advantages"] = np.zeros(shape, np.float32)
+    fields["provenance"] = np.full(shape, NOT_REPLAYED, np.int8)
     return fields
+
+
+def _provenance(rollout: Rollout, fallback: RouteFallback) -> np.ndarray:
+    """int8[S]: whose experts each position uses when the rollout's routes are replayed."""
+    if rollout.routes is None:
+        codes = np.full(rollout.tokens.size - 1, ROUTES_UNREPORTED, np.int8)
+    else:
+        missing = rollout.routes[:, 0, 0] == NO_ROUTE  # it fills all slots of a token together
+        codes = np.where(missing, ROUTES_MISSING, SAMPLER_ROUTES).astype(np.int8)
+    without = np.flatnonzero(codes != SAMPLER_ROUTES)
+    if without.size and fallback == "error":
+        raise RouteError(
+            "missing",
+            f"{rollout.name}: {without.size} of its {codes.size} positions have no routes, the "
+            f"first is {without[0]}, and the replay of the sampler's routes needs them all; make "
+            "the engine report routes of every input token, prompts included, or set "
+            "learner.route_fallback to live",
+        )
+    return codes
 
 
 def _empty_routes(

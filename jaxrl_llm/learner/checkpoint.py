@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_llm.arrays import Array
 from jaxrl_llm.learner.state import TrainState
 
-FORMAT = "jaxrl_llm checkpoint 1"
+FORMAT = "jaxrl_llm checkpoint 2"
 
 
 class CheckpointError(ValueError):
@@ -37,7 +38,7 @@ class CheckpointConfig:
     """When a run is saved and which checkpoints stay."""
 
     every: int = 20  # steps between checkpoints; 0: only when the run stops
-    keep_last: int = 2  # newest checkpoints that stay
+    keep_last: int = 2  # newest checkpoints that stay, and newest of those of every so many steps
     keep_every: int = 0  # those of every so many steps stay for good; 0: none
 
     def __post_init__(self) -> None:
@@ -72,7 +73,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, config: CheckpointConfig) -> None:
         policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep_last)]
+        keep: list[Any] = [policies.LatestN(config.keep_last)]
+        if config.every:
+            keep.append(_LatestRegular(config))
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
         self._every = config.every
@@ -99,6 +102,11 @@ class Checkpoints:
         """The newest step that is saved or being saved."""
         newest = self._writer.latest
         return None if newest is None else newest.step
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that are saved or being saved, ascending."""
+        return tuple(checkpoint.step for checkpoint in self._writer.checkpoints)
 
     def due(self, step: int) -> bool:
         """Whether the config asks for a checkpoint of this step."""
@@ -175,6 +183,18 @@ def restore(directory: Path, abstract: TrainState, step: int | None = None) -> C
             f"{message}. No older checkpoint can be restored: use the settings it was written "
             "with, or another run directory"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _LatestRegular:
+    """An Orbax preservation policy: stopping a run often does not push its regular ones out."""
+
+    config: CheckpointConfig
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        regular = [c.step for c in checkpoints if c.step % self.config.every == 0]
+        newest = sorted(regular)[-self.config.keep_last :]
+        return [checkpoint.step in newest for checkpoint in checkpoints]
 
 
 class _Unusable(Exception):

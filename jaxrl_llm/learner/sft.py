@@ -11,11 +11,13 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_llm.arrays import Mean, TrainBatch
+from jaxrl_llm.arrays import Metrics, TrainBatch
 from jaxrl_llm.learner.state import Optimizer, TrainState
 from jaxrl_llm.learner.step import LearnerConfig, TrainStep, jit_update, make_gradient
 from jaxrl_llm.learner.update import apply_gradients
+from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.policy import LossConfig
+from jaxrl_llm.losses.weights import ImportanceConfig
 from jaxrl_llm.model.config import ModelConfig
 
 METRICS = ("policy/entropy", "router/z_loss", "router/balance_loss")
@@ -37,18 +39,19 @@ def make_sft_step(
     batch.loss_mask says which targets to learn; advantages, routes and log-probabilities are not
     read. learner/loss is the mean cross entropy in nats, plus the router losses.
     """
-    supervised = dataclasses.replace(
-        loss,
-        importance="off",
-        clip_anchor="none",
+    supervised = LossConfig(
+        importance=ImportanceConfig(ratio="off"),
+        clip=ClipConfig(kind="none"),
         averaging="token",
-        kl_coefficient=0.0,
-        entropy_coefficient=0.0,
+        router_z_coefficient=loss.router_z_coefficient,
+        router_balance_coefficient=loss.router_balance_coefficient,
     )
-    alone = dataclasses.replace(learner, mini_batches=1, replay="none", old_logprobs="none")
+    alone = dataclasses.replace(
+        learner, mini_batches=1, replay="none", replay_gates=False, old_logprobs="none"
+    )
     gradient = make_gradient(model, alone, supervised, mesh, temperature=1.0)
 
-    def sft(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Mean]]:
+    def sft(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         batch = dataclasses.replace(
             batch,
             advantages=batch.loss_mask.astype(jnp.float32),

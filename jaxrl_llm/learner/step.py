@@ -8,13 +8,16 @@ arXiv 2512.01374, eq. 8, uses which experts is decided here and nowhere else:
     r2       its own routing            the experts of pi_old, which prepare() hands over
     r3       the sampler's experts      the sampler's experts
 
+With learner.replay_gates the gate values of pi_old go with the experts, and pi's router is frozen.
+Under r3 with learner.route_fallback "live", a token without routes has its own routing in both.
+
 What it is not: the maths of the loss (losses/) or the loop over mini-batches (loop.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -23,7 +26,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_llm.arrays import Array, LossOutput, Mean, RouterOutput, TrainBatch
+from jaxrl_llm.arrays import (
+    NOT_REPLAYED,
+    OLD_ROUTES,
+    Array,
+    LossOutput,
+    Mean,
+    Metrics,
+    ReplayedRoutes,
+    RouteFallback,
+    RouterOutput,
+    TrainBatch,
+)
 from jaxrl_llm.learner.state import (
     Optimizer,
     OptimizerConfig,
@@ -33,11 +47,17 @@ from jaxrl_llm.learner.state import (
     shardings_of,
 )
 from jaxrl_llm.learner.update import accumulate_gradients, apply_gradients, join_rows, split_rows
-from jaxrl_llm.losses.advantages import AdvantageConfig
-from jaxrl_llm.losses.diagnostics import masked_mean, replay_coverage, route_agreement
+from jaxrl_llm.learner.watch import WatchConfig
+from jaxrl_llm.losses.diagnostics import (
+    agreement_metrics,
+    masked_mean,
+    provenance_metrics,
+    replay_coverage,
+)
 from jaxrl_llm.losses.kl import k1, k3
-from jaxrl_llm.losses.policy import LossConfig, policy_loss
+from jaxrl_llm.losses.policy import LossConfig, policy_loss, token_terms
 from jaxrl_llm.losses.router import expert_load, router_loss
+from jaxrl_llm.losses.statistics import importance_statistics
 from jaxrl_llm.losses.weights import token_weights
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.logprobs import token_logprobs
@@ -46,7 +66,7 @@ from jaxrl_llm.sharding import MeshConfig, batch_sharding
 
 Replay = Literal["none", "r2", "r3"]
 Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
-TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Mean]]]
+TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +76,15 @@ class LearnerConfig:
     mini_batches: int = 1  # updates per rollout batch, the paper's N; 1 is on-policy
     micro_batches: int = 1  # parts of a mini-batch computed one after another, to save memory
     replay: Replay = "none"  # routing replay: r2 the learner's old routes, r3 the sampler's
+    route_fallback: RouteFallback = "error"  # r3, a token without routes: refused, or routed live
+    replay_gates: bool = False  # replay pi_old's gate values with the routes; freezes the router
     # Where pi_old comes from: a scoring pass before the first update, or none: then pi_old is the
     # current policy, which is exact only for the first mini-batch.
     old_logprobs: Literal["score", "none"] = "score"
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)  # from rewards of a group
     row_length: int = 0  # positions of a row, S; 0: just enough for the engine's longest sequence
     pack: bool = False  # several responses in a row, to waste less of it on padding
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)  # of the RL updates
+    watch: WatchConfig = field(default_factory=WatchConfig)  # the early warning
     compute: ComputeConfig = field(default_factory=ComputeConfig)  # how a pass is computed
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis
 
@@ -81,6 +103,12 @@ class LearnerConfig:
                 "starts at the old weights, whose routes are its own; set mini_batches to 2 or "
                 "more, or replay to none or r3"
             )
+        if self.replay_gates and (self.replay == "none" or self.old_logprobs == "none"):
+            raise ValueError(
+                "learner.replay_gates replays the gate values of the scoring pass at the replayed "
+                f"experts, but learner.replay is {self.replay} and learner.old_logprobs is "
+                f"{self.old_logprobs}; set replay to r2 or r3 and old_logprobs to score"
+            )
 
     @property
     def row_multiple(self) -> int:
@@ -96,7 +124,8 @@ class ScoreOutput:
     logprobs: Array  # f32[B, S], pi_old of the targets, nats
     entropy: Array  # f32[B, S], of pi_old, nats
     routes: Array  # int16[B, S, L, K], experts this pass used
-    metrics: dict[str, Mean]
+    gates: Array | None  # f32[B, S, L, K], their gate values if learner.replay_gates
+    metrics: Metrics
 
 
 ScoreStep = Callable[[Params, TrainBatch], ScoreOutput]
@@ -112,12 +141,12 @@ class Policy(NamedTuple):
 
 def make_policy(
     model: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, temperature: float
-) -> Callable[[Params, TrainBatch, Array | None], Policy]:
-    """The pure function policy(params, batch, routes) -> Policy; routes are replayed, or None."""
+) -> Callable[[Params, TrainBatch, ReplayedRoutes | None], Policy]:
+    """The pure function policy(params, batch, replayed) -> Policy; None replays nothing."""
     forward = make_forward(model, compute, mesh)
 
-    def policy(params: Params, batch: TrainBatch, routes: Array | None) -> Policy:
-        output = forward(params, batch.inputs, batch.positions, batch.segment_ids, routes)
+    def policy(params: Params, batch: TrainBatch, replayed: ReplayedRoutes | None) -> Policy:
+        output = forward(params, batch.inputs, batch.positions, batch.segment_ids, replayed)
         logprobs, entropy = token_logprobs(
             output.hidden,
             unembed(params, model),
@@ -137,42 +166,59 @@ def make_score_step(
 
     Under r3 it replays batch.routes, the sampler's; otherwise it routes by itself. The metrics
     compare the sampler with pi_old on sampled tokens: policy/kl_sampler_old, its k3 estimate, and
-    routing/agreement if the batch has the sampler's routes.
+    routing/agreement and routing/overlap_layer_* if the batch has the sampler's routes.
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
+    scored_with: Replay = "r3" if learner.replay == "r3" else "none"
+    scoring = dataclasses.replace(learner, replay=scored_with, replay_gates=False)
 
     def part(params: Params, batch: TrainBatch) -> ScoreOutput:
-        routes = _routes_to_replay(batch, "r3" if learner.replay == "r3" else "none")
-        logprobs, entropy, router = policy(params, batch, routes)
+        logprobs, entropy, router = policy(params, batch, _replayed(batch, scoring))
         mask, sampler = batch.loss_mask, batch.sampler_logprobs
         metrics = {
             "policy/kl_sampler_old": masked_mean(k1(sampler, logprobs, mask), mask),
             "policy/kl_sampler_old_k3": masked_mean(k3(sampler, logprobs, mask), mask),
         }
         if batch.routes is not None:
-            metrics["routing/agreement"] = route_agreement(router.logits, batch.routes, mask)
+            metrics |= agreement_metrics(
+                router.logits, batch.routes, mask, layers=model.moe_layer_indices, kind=""
+            )
         used = jnp.moveaxis(router.experts, 0, 2).astype(jnp.int16)
-        return ScoreOutput(logprobs, entropy, used, metrics)
+        gates = jnp.moveaxis(router.weights, 0, 2) if learner.replay_gates else None
+        return ScoreOutput(logprobs, entropy, used, gates, metrics)
 
     def score(params: Params, batch: TrainBatch) -> ScoreOutput:
         parts = jax.lax.map(partial(part, params), split_rows(batch, learner.micro_batches))
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts.metrics)
-        logprobs, entropy = join_rows(parts.logprobs), join_rows(parts.entropy)
-        return ScoreOutput(logprobs, entropy, join_rows(parts.routes), metrics)
+        whole = jax.tree.map(join_rows, dataclasses.replace(parts, metrics={}))
+        return dataclasses.replace(whole, metrics=metrics)
 
     rows = batch_sharding(mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         score,
         in_shardings=(shardings_of(abstract_params(model, mesh)), rows),
-        out_shardings=ScoreOutput(rows, rows, rows, everywhere),  # type: ignore[arg-type]
+        out_shardings=ScoreOutput(rows, rows, rows, rows, everywhere),  # type: ignore[arg-type]
     )
 
 
 def prepare(batch: TrainBatch, score: ScoreOutput, replay: Replay) -> TrainBatch:
-    """The batch with pi_old, and under r2 with pi_old's routes in place of the sampler's."""
-    routes = score.routes if replay == "r2" else batch.routes
-    return dataclasses.replace(batch, old_logprobs=score.logprobs, routes=routes)
+    """The batch with pi_old, and what the updates replay: r2's routes, gates, and provenance.
+
+    Under r2, pi_old's routes take the place of the sampler's. Gate values are there if
+    learner.replay_gates made the score step return them.
+    """
+    routes, provenance = batch.routes, batch.provenance
+    if replay == "r2":
+        routes = score.routes
+        provenance = jnp.where(batch.segment_ids > 0, OLD_ROUTES, NOT_REPLAYED).astype(jnp.int8)
+    return dataclasses.replace(
+        batch,
+        old_logprobs=score.logprobs,
+        routes=routes,
+        provenance=provenance,
+        gates=score.gates,
+    )
 
 
 def make_train_step(
@@ -186,16 +232,21 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted train(state, batch) -> (state, metrics): one update on one mini-batch.
 
-    `state` is donated: its arrays are gone after the call. `batch` comes from prepare(), or as
+    The metrics are those of the gradient, of the optimizer and losses.statistics. `state` is
+    donated: its arrays are gone after the call. `batch` comes from prepare(), or as
     collated where learner.old_logprobs is none, and has a multiple of learner.row_multiple rows.
     Raises ValueError, while tracing, for a batch that lacks what the settings read.
     """
     gradient = make_gradient(model, learner, loss, mesh, temperature=temperature)
 
-    def train(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Mean]]:
+    def train(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         grads, output = gradient(state.params, batch)
         state, metrics = apply_gradients(state, grads, output.loss, optimizer)
-        return state, output.metrics | metrics
+        assert output.logprobs is not None  # make_gradient's are of a policy
+        terms = token_terms(output.logprobs, batch, loss)
+        weight = jnp.where(terms.kept, terms.importance.weight, 0.0)
+        statistics = importance_statistics(output.logprobs, batch, weight)
+        return state, output.metrics | metrics | statistics
 
     return jit_update(train, model, optimizer, mesh)
 
@@ -227,22 +278,21 @@ def make_gradient(
     """The pure function gradient(params, batch) -> (gradient, LossOutput) of one mini-batch.
 
     It is the same, to rounding, for any number of micro-batches. Metrics are those of policy_loss
-    and router_loss, routing/replay_coverage, and routing/agreement if no scoring pass reports it.
+    and router_loss, routing/*, of which routing/agreement and routing/overlap_layer_* only if
+    no scoring pass reports them.
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
     shardings = shardings_of(abstract_params(model, mesh))
-
-    def run(params: Params, batch: TrainBatch) -> tuple[Policy, Array | None]:
-        routes = _routes_to_replay(batch, learner.replay)
-        return policy(params, batch, routes), routes
+    layers = model.moe_layer_indices
 
     def load(params: Params, part: _Part) -> Array:
-        experts = run(params, part.batch)[0].router.experts
+        experts = policy(params, part.batch, _replayed(part.batch, learner)).router.experts
         return expert_load(experts, part.router_weights, num_experts=model.moe.num_experts)
 
     def objective(params: Params, part: _Part, *, whole_load: Array | None) -> LossOutput:
-        batch = part.batch
-        (logprobs, entropy, router), routes = run(params, batch)
+        batch, mask = part.batch, part.batch.loss_mask
+        replayed = _replayed(batch, learner)
+        logprobs, entropy, router = policy(params, batch, replayed)
         main = policy_loss(logprobs, entropy, batch, part.weights, loss)
         side = router_loss(
             router,
@@ -251,18 +301,18 @@ def make_gradient(
             balance_coefficient=loss.router_balance_coefficient,
             load=whole_load,
         )
-        metrics = main.metrics | side.metrics
-        coverage = replay_coverage(router.experts, routes, batch.loss_mask)
-        metrics["routing/replay_coverage"] = coverage
+        metrics = main.metrics | side.metrics | _routing_metrics(router, batch, replayed, layers)
+        metrics |= provenance_metrics(_provenance(batch, learner), mask)
         if learner.old_logprobs == "none" and batch.routes is not None:
-            agreement = route_agreement(router.logits, batch.routes, batch.loss_mask)
-            metrics["routing/agreement"] = agreement
-        return LossOutput(main.loss + side.loss, metrics)
+            metrics |= agreement_metrics(router.logits, batch.routes, mask, layers=layers, kind="")
+        return LossOutput(main.loss + side.loss, metrics, jax.lax.stop_gradient(logprobs))
 
     def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
         _check(batch, learner)
         segments = batch.segment_ids
-        weights = token_weights(batch.loss_mask, segments, per=loss.averaging)
+        weights = token_weights(
+            batch.loss_mask, segments, per=loss.averaging, constant=loss.averaging_length
+        )
         router_weights = token_weights(segments > 0, segments, per="token")
         parts = split_rows(_Part(batch, weights, router_weights), learner.micro_batches)
         whole_load = None
@@ -291,12 +341,48 @@ def _check(batch: TrainBatch, learner: LearnerConfig) -> None:
         )
 
 
-def _routes_to_replay(batch: TrainBatch, replay: Replay) -> Array | None:
-    if replay == "none":
+def _replayed(batch: TrainBatch, learner: LearnerConfig) -> ReplayedRoutes | None:
+    """What a pass over the batch replays."""
+    if learner.replay == "none":
+        return None
+    if batch.routes is None and learner.replay == "r3" and learner.route_fallback == "live":
         return None
     if batch.routes is None:
         raise ValueError(
-            f"learner.replay is {replay} but the batch has no routes: for r3 the inference engine "
-            "must report them, for r2 the batch must come from prepare()"
+            f"learner.replay is {learner.replay} but the batch has no routes: for r3 the inference "
+            "engine must report them, for r2 the batch must come from prepare()"
         )
-    return batch.routes
+    if not learner.replay_gates:
+        return ReplayedRoutes(batch.routes)
+    if batch.gates is None:
+        raise ValueError(
+            "learner.replay_gates is set but the batch has no gates; give it what prepare() "
+            "returns, from a score step with the same settings"
+        )
+    return ReplayedRoutes(batch.routes, batch.gates)
+
+
+def _provenance(batch: TrainBatch, learner: LearnerConfig) -> Array:
+    """int8[B, S]: that of the batch is of its routes, whether or not they are replayed."""
+    if learner.replay == "none":
+        return jnp.full(batch.inputs.shape, NOT_REPLAYED, jnp.int8)
+    if batch.provenance is None:
+        raise ValueError(
+            f"learner.replay is {learner.replay} but the batch has no provenance; collate() and "
+            "prepare() write it"
+        )
+    return batch.provenance
+
+
+def _routing_metrics(
+    router: RouterOutput, batch: TrainBatch, replayed: ReplayedRoutes | None, layers: Sequence[int]
+) -> dict[str, Mean]:
+    """Whether the pass used what it was given, and what its routers would have chosen.
+
+    routing/replay_coverage; under a replay also routing/live_agreement and live_overlap_layer_*.
+    """
+    mask, routes = batch.loss_mask, None if replayed is None else replayed.experts
+    metrics = {"routing/replay_coverage": replay_coverage(router.experts, routes, mask)}
+    if routes is not None:
+        metrics |= agreement_metrics(router.logits, routes, mask, layers=layers, kind="live_")
+    return metrics

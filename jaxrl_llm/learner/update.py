@@ -6,6 +6,7 @@ whose weights were computed on the whole mini-batch, so micro-batches add up to 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ def join_rows(parts: Array) -> Array:
 def accumulate_gradients(
     objective: Objective, params: Params, parts: Any, *, shardings: Any
 ) -> tuple[Params, LossOutput]:
-    """Gradient, loss and metrics of an objective summed over parts.
+    """Gradient, loss and metrics of an objective summed over parts; its logprobs joined by rows.
 
     Args:
       objective: (params, part) -> LossOutput.
@@ -51,18 +52,20 @@ def accumulate_gradients(
       shardings: of the parameters; the sums have them too, on their way as well as at the end.
     """
 
-    def loss(params: Params, part: Any) -> tuple[Array, dict[str, Mean]]:
+    def loss(params: Params, part: Any) -> tuple[Array, LossOutput]:
         output = objective(params, part)
-        return output.loss, output.metrics
+        return output.loss, output
 
     def add(total: Params, part: Any) -> tuple[Params, LossOutput]:
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
-        total = place(jax.tree.map(jnp.add, total, gradient))
-        return total, LossOutput(value, metrics)
+        (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return place(jax.tree.map(jnp.add, total, gradient)), output
 
     place = partial(jax.lax.with_sharding_constraint, shardings=shardings)
     gradient, outputs = jax.lax.scan(add, place(jax.tree.map(jnp.zeros_like, params)), parts)
-    return gradient, jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
+    logprobs = None if outputs.logprobs is None else join_rows(outputs.logprobs)
+    outputs = dataclasses.replace(outputs, logprobs=None)
+    summed: LossOutput = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
+    return gradient, dataclasses.replace(summed, logprobs=logprobs)
 
 
 def apply_gradients(

@@ -14,16 +14,51 @@ import numpy as np
 from jaxrl_llm.arrays import Array
 
 Rewards = TypeVar("Rewards", np.ndarray, Array)
-Baseline = Literal["mean", "leave_one_out"]
+Baseline = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["none", "std"]
+Overlong = Literal["keep", "mask"]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-    """How rewards of a group become advantages; the defaults are the paper's."""
+    """How rewards of a group become advantages; the defaults are those of arXiv 2512.01374."""
 
-    baseline: Baseline = "mean"  # subtract the group's mean, or the mean of the OTHER members
+    # Subtract the group's mean, the mean of the OTHER members (RLOO), or nothing (REINFORCE).
+    baseline: Baseline = "mean"
     scale: Scale = "none"  # std: divide by the group's standard deviation, as GRPO does
+    # A response that was cut off at max_new_tokens: train on it, or give it the advantage 0 (DAPO).
+    overlong: Overlong = "keep"
+
+    def __post_init__(self) -> None:
+        if self.baseline == "none" and self.scale == "std":
+            raise ValueError(
+                "advantage.scale std divides by the spread around a baseline, and "
+                "advantage.baseline is none; set scale to none, or baseline to mean"
+            )
+
+
+def response_advantages(
+    rewards: Rewards, valid: Rewards, truncated: Rewards, cfg: AdvantageConfig
+) -> Rewards:
+    """group_advantages as configured, with 0 for truncated responses if they are to be masked.
+
+    DAPO's overlong filtering (arXiv 2503.14476, 3.4): the truncated response still counts in its
+    group's baseline and in the denominators of the loss, it only pulls at nothing.
+
+    Args:
+      rewards: f32[G, N].
+      valid: bool[G, N].
+      truncated: bool[G, N], True iff the response was cut off at max_new_tokens.
+      cfg: the settings.
+
+    Returns:
+      f32[G, N].
+    """
+    advantages = group_advantages(rewards, valid, baseline=cfg.baseline, scale=cfg.scale)
+    if cfg.overlong == "keep":
+        return advantages
+    xp: Any = rewards.__array_namespace__()
+    return xp.where(truncated, xp.zeros_like(advantages), advantages)
 
 
 def group_advantages(
@@ -33,15 +68,16 @@ def group_advantages(
 
     Invalid members (failed, aborted, never sampled) are no part of the group: they enter neither
     baseline nor deviation, whatever their reward holds, and get advantage 0. Where all valid
-    rewards of a group are equal (a group of one included) there is nothing to compare, and the
-    advantages are exactly 0: no rounding residue is left for the deviation to blow up. A NaN reward
-    of a valid member makes its group NaN.
+    rewards of a group are equal (a group of one included) there is nothing to compare, and under a
+    baseline the advantages are exactly 0: no rounding residue is left for the deviation to blow up.
+    A NaN reward of a valid member makes its group NaN.
 
     Args:
       rewards: f32[G, N], a row for each prompt.
       valid: bool[G, N].
-      baseline: "mean" of all valid members, or "leave_one_out": of the other valid members, which
-        is the mean-centred advantage times n / (n - 1).
+      baseline: "mean" of all valid members; "leave_one_out": of the other valid members, which is
+        the mean-centred advantage times n / (n - 1) (RLOO, arXiv 2402.14740); or "none": the
+        advantage is the reward (REINFORCE).
       scale: "none", or "std": divide by the sample standard deviation (n - 1) of the valid members.
 
     Returns:
@@ -60,6 +96,8 @@ def group_advantages(
     xp: Any = rewards.__array_namespace__()
     count = xp.sum(valid, axis=1, keepdims=True)
     known = xp.where(valid, rewards, 0)
+    if baseline == "none":
+        return known.astype(rewards.dtype)
     mean = xp.sum(known, axis=1, keepdims=True) / xp.maximum(count, 1)
     highest = xp.max(xp.where(valid, rewards, -xp.inf), axis=1, keepdims=True)
     lowest = xp.min(xp.where(valid, rewards, xp.inf), axis=1, keepdims=True)

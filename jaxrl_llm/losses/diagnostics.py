@@ -6,10 +6,19 @@ Nothing here is differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.arrays import NO_ROUTE, Array, Mean
+from jaxrl_llm.arrays import (
+    NO_ROUTE,
+    PROVENANCE,
+    ROUTES_MISSING,
+    ROUTES_UNREPORTED,
+    Array,
+    Mean,
+)
 
 
 def masked_mean(values: Array, mask: Array) -> Mean:
@@ -32,8 +41,7 @@ def route_agreement(logits: Array, routes: Array, mask: Array) -> Mean:
     Returns:
       The mean over tokens and layers of |natural and routed| / K.
     """
-    natural = jax.lax.top_k(jax.lax.stop_gradient(logits), routes.shape[-1])[1]
-    return route_overlap(natural, routes, mask)
+    return _over_layers(route_overlap_by_layer(_natural(logits, routes), routes, mask))
 
 
 def route_overlap(experts: Array, routes: Array, mask: Array) -> Mean:
@@ -47,9 +55,48 @@ def route_overlap(experts: Array, routes: Array, mask: Array) -> Mean:
     Returns:
       A Mean whose weight counts tokens, each once and not once a layer.
     """
+    return _over_layers(route_overlap_by_layer(experts, routes, mask))
+
+
+def route_overlap_by_layer(experts: Array, routes: Array, mask: Array) -> Mean:
+    """route_overlap of every layer: a Mean of total f32[L] and weight f32[L], in tokens."""
     routes = jnp.moveaxis(routes, 2, 0)
     has_routes = routes[..., 0] != NO_ROUTE  # it fills all K slots of a token together
-    return _layer_mean(jnp.mean(_among(experts, routes), axis=-1), mask & has_routes)
+    return _by_layer(jnp.mean(_among(experts, routes), axis=-1), mask & has_routes)
+
+
+def agreement_metrics(
+    logits: Array, routes: Array, mask: Array, *, layers: Sequence[int], kind: str
+) -> dict[str, Mean]:
+    """route_agreement over all layers and of each one, from one comparison.
+
+    Args:
+      logits, routes, mask: see route_agreement.
+      layers: L indices of the MoE layers among all layers, for the names.
+      kind: "" or a prefix such as "live_": the names are routing/{kind}agreement and
+        routing/{kind}overlap_layer_00 and so on.
+    """
+    by_layer = route_overlap_by_layer(_natural(logits, routes), routes, mask)
+    metrics = {f"routing/{kind}agreement": _over_layers(by_layer)}
+    for index, layer in enumerate(layers):
+        one = Mean(by_layer.total[index], by_layer.weight[index])
+        metrics[f"routing/{kind}overlap_layer_{layer:02}"] = one
+    return metrics
+
+
+def provenance_metrics(provenance: Array, mask: Array) -> dict[str, Mean]:
+    """Whose experts the tokens used: routing/provenance_* shares and routing/fallback_fraction.
+
+    Args:
+      provenance: int8[B, S], codes of types.py.
+      mask: bool[B, S], the sampled tokens.
+    """
+    metrics = {
+        f"routing/provenance_{name}": masked_mean(provenance == code, mask)
+        for code, name in PROVENANCE.items()
+    }
+    fallback = (provenance == ROUTES_UNREPORTED) | (provenance == ROUTES_MISSING)
+    return metrics | {"routing/fallback_fraction": masked_mean(fallback, mask)}
 
 
 def replay_coverage(experts: Array, routes: Array | None, mask: Array) -> Mean:
@@ -70,7 +117,12 @@ def replay_coverage(experts: Array, routes: Array | None, mask: Array) -> Mean:
         covered = jnp.zeros(experts.shape[:-1], bool)
     else:
         covered = jnp.all(_among(experts, jnp.moveaxis(routes, 2, 0)), axis=-1)
-    return _layer_mean(covered, jnp.broadcast_to(mask, covered.shape))
+    return _over_layers(_by_layer(covered, jnp.broadcast_to(mask, covered.shape)))
+
+
+def _natural(logits: Array, routes: Array) -> Array:
+    """The experts that a router of these logits, left alone, chooses: i32[L, B, S, K]."""
+    return jax.lax.top_k(jax.lax.stop_gradient(logits), routes.shape[-1])[1]
 
 
 def _among(experts: Array, routes: Array) -> Array:
@@ -78,8 +130,13 @@ def _among(experts: Array, routes: Array) -> Array:
     return jnp.any(experts[..., :, None] == routes[..., None, :], axis=-1)
 
 
-def _layer_mean(values: Array, mask: Array) -> Mean:
-    """masked_mean over [L, B, S], its total and weight divided by L."""
-    layers = max(mask.shape[0], 1)
-    mean = masked_mean(values, mask)
-    return Mean(mean.total / layers, mean.weight / layers)
+def _by_layer(values: Array, mask: Array) -> Mean:
+    """masked_mean of each layer of [L, B, S]: total and weight f32[L]."""
+    total = jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32), axis=(1, 2))
+    return Mean(total, jnp.sum(mask.astype(jnp.float32), axis=(1, 2)))
+
+
+def _over_layers(mean: Mean) -> Mean:
+    """Total and weight summed over the layers and divided by L, so that a token counts once."""
+    layers = max(mean.total.shape[0], 1)
+    return Mean(jnp.sum(mean.total) / layers, jnp.sum(mean.weight) / layers)

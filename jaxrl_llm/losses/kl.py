@@ -10,19 +10,54 @@ With d = log p - log q of the sampled token, in nats:
 
 As a value, k1 is unbiased but may be negative, k2 is biased and at least 0, k3 is unbiased and at
 least 0. As a loss, only k2 descends KL(p || q). So k1 and k3 are for reading, k2 is for descending.
+
+Tokens sampled by mu instead of p need an importance weight w = p / mu. How it enters decides what
+descends:
+
+    weight        the penalty        its expected gradient over y ~ mu, per token
+    "none"        k                  that of the table above, with mu in place of p: biased
+    "importance"  sg(w) * k          that of the table above: grad KL(p || q) for k2
+    "unbiased"    w * k              grad KL(p || q) for k1 and for k3, since w is differentiated
+
+"unbiased" with k3 is the KL term of DeepSeek-V3.2 (arXiv 2512.02556): its gradient w * d is, token
+by token, that of "importance" with k2; only the logged value differs. k1 has w * (d + 1), the same
+in expectation with more noise. w carries the bounds of the loss's importance weight.
+
 Every function is exactly 0, in value and gradient, off the mask.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, assert_never
 
+import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.arrays import Array
 from jaxrl_llm.losses.ratios import MAX_LOG_RATIO, log_ratio
 
 Estimator = Literal["k1", "k2", "k3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """The penalty that holds the policy to a frozen reference, KL(pi || reference)."""
+
+    coefficient: float = 0.0  # above 0 the batch needs ref_logprobs
+    estimator: Estimator = "k2"  # k1, k2 or k3; as a loss they descend different things (kl.py)
+    # importance: times the constant weight w; unbiased: w is differentiated too, which k1 and k3
+    # need to descend KL(pi || reference); none: as if pi had sampled the tokens (GRPO).
+    weight: Literal["importance", "unbiased", "none"] = "importance"
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ValueError(f"kl.coefficient is {self.coefficient}; it must be 0 or more")
+        if self.weight == "unbiased" and self.estimator == "k2":
+            raise ValueError(
+                "kl.weight unbiased with kl.estimator k2: k2 is no unbiased value of the KL, so "
+                "differentiating its weight descends nothing; use k3, or weight importance"
+            )
 
 
 def k1(logprobs: Array, other_logprobs: Array, mask: Array) -> Array:
@@ -56,3 +91,29 @@ def kl_estimate(logprobs: Array, other_logprobs: Array, mask: Array, estimator: 
             return k3(logprobs, other_logprobs, mask)
         case _:
             assert_never(estimator)
+
+
+def kl_penalty(
+    logprobs: Array, ref_logprobs: Array, weight: Array, mask: Array, cfg: KLConfig
+) -> Array:
+    """The penalty of each token before its coefficient, f32[B, S], nats.
+
+    Args:
+      logprobs: log pi, f32[B, S]; differentiated.
+      ref_logprobs: f32[B, S], a constant.
+      weight: f32[B, S], the importance weight; a constant.
+      mask: bool[B, S].
+      cfg: the settings.
+    """
+    kl = kl_estimate(logprobs, jax.lax.stop_gradient(ref_logprobs), mask, cfg.estimator)
+    weight = jax.lax.stop_gradient(weight)
+    match cfg.weight:
+        case "none":
+            return kl
+        case "importance":
+            return weight * kl
+        case "unbiased":
+            one = jnp.exp(log_ratio(logprobs, jax.lax.stop_gradient(logprobs), mask))
+            return weight * one * kl
+        case _:
+            assert_never(cfg.weight)

@@ -8,10 +8,14 @@ mask; those are decisions, made in weights.py and clipping.py.
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple, assert_never
+
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.arrays import Array
+
+Level = Literal["token", "sequence", "geometric"]
 
 MAX_LOG_RATIO = 20.0
 """Nats at which a ratio saturates, at 4.9e8: far above any cap or bound, far below overflow."""
@@ -35,6 +39,23 @@ def log_ratio(logprobs: Array, behaviour_logprobs: Array, mask: Array) -> Array:
     return jnp.where(mask, logprobs, 0.0) - jnp.where(mask, behaviour_logprobs, 0.0)
 
 
+class LogRatios(NamedTuple):
+    """The factors of arXiv 2512.01374, eq. 5, in nats: sampler = mismatch + staleness."""
+
+    sampler: Array  # f32[B, S], pi / mu
+    mismatch: Array  # f32[B, S], pi_old / mu
+    staleness: Array  # f32[B, S], pi / pi_old
+
+
+def log_ratios(logprobs: Array, old: Array, sampler: Array, mask: Array) -> LogRatios:
+    """All three from log pi, log pi_old and log mu, each f32[B, S]; see `log_ratio`."""
+    return LogRatios(
+        sampler=log_ratio(logprobs, sampler, mask),
+        mismatch=log_ratio(old, sampler, mask),
+        staleness=log_ratio(logprobs, old, mask),
+    )
+
+
 def ratio(log_ratio: Array) -> Array:
     """exp(log_ratio), saturating at exp(MAX_LOG_RATIO) with zero gradient above it.
 
@@ -49,24 +70,35 @@ def ratio(log_ratio: Array) -> Array:
     return jnp.exp(jnp.minimum(log_ratio, MAX_LOG_RATIO))
 
 
-def sequence_log_ratio(log_ratio: Array, mask: Array, segment_ids: Array) -> Array:
-    """The length-normalised log-ratio of each response, on every sampled token of it.
+def at_level(log_ratio: Array, mask: Array, segment_ids: Array, level: Level) -> Array:
+    """The log-ratio of a token, or of the response it belongs to, on every sampled token.
 
-    s_i = (1 / |y_i|) sum_t log(pi / behaviour), the sequence ratio of GSPO (arXiv 2507.18071, eq.
-    7). It is differentiable: each token receives 1 / |y_i| of the gradient.
+    "token" itself;  "sequence" sum_t log(pi / behaviour) over the response, the ratio of whole
+    sequences;  "geometric" that sum over the response's length, the sequence ratio s_i of GSPO
+    (arXiv 2507.18071, eq. 7). Differentiable: under "sequence" each token receives all of the
+    gradient, under "geometric" 1 / |y_i| of it.
 
     Args:
       log_ratio: f32[B, S], 0 off the mask; see `log_ratio`.
       mask: bool[B, S].
       segment_ids: i32[B, S], 1, 2, ... within a row, so at most S; 0 is padding.
+      level: which.
 
     Returns:
       f32[B, S], 0 off the mask. A segment without sampled tokens has none to show.
     """
-    total = segment_totals(jnp.where(mask, log_ratio, 0.0), segment_ids)
-    length = segment_totals(mask.astype(jnp.int32), segment_ids)
-    mean = jnp.take_along_axis(total / jnp.maximum(length, 1), segment_ids, axis=1)
-    return jnp.where(mask, mean, 0.0)
+    values = jnp.where(mask, log_ratio, 0.0)
+    match level:
+        case "token":
+            return values
+        case "sequence":
+            of_response = segment_totals(values, segment_ids)
+        case "geometric":
+            length = segment_totals(mask.astype(jnp.int32), segment_ids)
+            of_response = segment_totals(values, segment_ids) / jnp.maximum(length, 1)
+        case _:
+            assert_never(level)
+    return jnp.where(mask, jnp.take_along_axis(of_response, segment_ids, axis=1), 0.0)
 
 
 def segment_totals(values: Array, segment_ids: Array) -> Array:

@@ -8,71 +8,100 @@ loss is sum(weights * x) and losses of micro-batches, rows or hosts simply add.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, assert_never
+from typing import Literal, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.arrays import Array
-from jaxrl_llm.losses.ratios import ratio, segment_totals
+from jaxrl_llm.losses.ratios import Level, LogRatios, at_level, ratio, segment_totals
 
 Averaging = Literal["response_sum", "token", "sequence", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Off:
-    """Every sampled token weighs 1: no correction."""
+class ImportanceConfig:
+    """The importance weight w: of which ratio, over what, bounded how; the paper's by default."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Truncate:
-    """min(ratio, cap): truncated importance sampling, biased only where it cuts."""
-
-    cap: float  # inf: only the saturation of `ratio` remains
-
-    def __post_init__(self) -> None:
-        if not self.cap > 0:
-            raise ValueError(f"cap is {self.cap}; it must be positive (inf for none)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """The ratio where low <= ratio <= high, else 0: tokens outside are rejected, not cut."""
-
-    low: float
-    high: float
+    # sampler = pi/mu, the paper's; mismatch = bounded pi_old/mu, times an unbounded pi/pi_old (TIS,
+    # IcePop, decoupled PPO); staleness = pi/pi_old, uncorrected for the engine (PPO); off = 1.
+    ratio: Literal["sampler", "mismatch", "staleness", "off"] = "sampler"
+    level: Level = "token"  # ratio of the token, the sequence (product) or its geometric mean
+    # clip: min(max(ratio, low), high), truncation. band: 0 outside low to high (IcePop).
+    rule: Literal["clip", "band"] = "clip"
+    low: float = 0.0  # lower bound of the ratio itself, not its distance from 1
+    high: float = 5.0  # upper bound of the ratio itself; inf for none
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high:
-            raise ValueError(f"band [{self.low}, {self.high}]; it needs 0 <= low <= high")
+        if not 0 <= self.low <= self.high or self.high == 0:
+            raise ValueError(
+                f"importance.low is {self.low} and importance.high {self.high}; they bound a "
+                "ratio: 0 <= low <= high, and high above 0 (inf for none)"
+            )
 
 
-WeightRule = Off | Truncate | Band
+class Importance(NamedTuple):
+    """The weight w = correction * ratio of each sampled token, 0 off the mask; constants."""
+
+    correction: Array  # f32[B, S], the bounded pi_old / mu of "mismatch", else 1
+    ratio: Array  # f32[B, S], the rest of the weight
+    bounded: Array  # bool[B, S], True where a bound changed the weight
+
+    @property
+    def weight(self) -> Array:
+        """f32[B, S]"""
+        return self.correction * self.ratio
 
 
-def importance_weight(log_ratio: Array, mask: Array, rule: WeightRule) -> Array:
+def importance_weight(
+    ratios: LogRatios, mask: Array, segment_ids: Array, cfg: ImportanceConfig, *, level: Level
+) -> Importance:
     """The importance weight of each sampled token, sg(w_t) in the paper; never differentiated.
 
+    Truncation is biased only where it cuts (TIS). A band rejects the token instead (IcePop,
+    arXiv 2510.18855); so does a product that leaves its band reject every token of the response.
+    Clipping from both sides is CISPO's weight (arXiv 2506.13585): with low 0 it never lifts a
+    weight, and `high` is MiniMax-M1's 1 + epsilon_high.
+
     Args:
-      log_ratio: f32[B, S], nats; see ratios.log_ratio.
+      ratios: see ratios.log_ratios.
       mask: bool[B, S].
-      rule: Off, Truncate or Band.
+      segment_ids: i32[B, S].
+      cfg: the settings.
+      level: of the staleness factor that "mismatch" multiplies with; the clip mask's.
 
     Returns:
-      f32[B, S], 0 off the mask; finite (see ratios.ratio) but for NaN, which stays NaN under every
-      rule but Off: a broken log-probability must not pass as a rejected token.
+      Importance. Finite (see ratios.ratio) but for NaN, which stays NaN under every setting but
+      "off": a broken log-probability must not pass as a rejected token.
     """
-    raw = ratio(jax.lax.stop_gradient(log_ratio))
-    match rule:
-        case Off():
-            weight = jnp.ones_like(raw)
-        case Truncate(cap):
-            weight = jnp.minimum(raw, cap)
-        case Band(low, high):
-            weight = jnp.where((raw < low) | (raw > high), 0.0, raw)
+    ratios = jax.lax.stop_gradient(ratios)
+    one, nowhere = jnp.where(mask, 1.0, 0.0), jnp.zeros_like(mask)
+
+    def bounded(log_ratio: Array) -> tuple[Array, Array]:
+        raw = ratio(at_level(log_ratio, mask, segment_ids, cfg.level))
+        used = bound(raw, cfg)
+        return jnp.where(mask, used, 0.0), mask & (used != raw) & ~jnp.isnan(raw)
+
+    match cfg.ratio:
+        case "sampler":
+            return Importance(one, *bounded(ratios.sampler))
+        case "mismatch":
+            correction, changed = bounded(ratios.mismatch)
+            moved = ratio(at_level(ratios.staleness, mask, segment_ids, level))
+            return Importance(correction, jnp.where(mask, moved, 0.0), changed)
+        case "staleness":
+            return Importance(one, *bounded(ratios.staleness))
+        case "off":
+            return Importance(one, one, nowhere)
         case _:
-            assert_never(rule)
-    return jnp.where(mask, weight, 0.0)
+            assert_never(cfg.ratio)
+
+
+def bound(ratio: Array, cfg: ImportanceConfig) -> Array:
+    """The ratio f32[B, S] clipped to low and high, or 0 outside them; a ratio at a bound is in."""
+    if cfg.rule == "clip":
+        return jnp.clip(ratio, cfg.low, cfg.high)
+    return jnp.where((ratio < cfg.low) | (ratio > cfg.high), 0.0, ratio)
 
 
 def token_weights(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxrl_llm.arrays import NO_ROUTE, RouterOutput
+from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import Dispatch
 from jaxrl_llm.sharding import BATCH_AXES
 
@@ -33,28 +33,33 @@ FEW_TOKENS = 64
 """Up to this many tokens, "auto" on an accelerator computes all experts rather than sort."""
 
 
-def route(logits: Array, k: int, replayed: Array | None, *, normalize: bool) -> RouterOutput:
+def route(
+    logits: Array, k: int, replayed: ReplayedRoutes | None, *, normalize: bool
+) -> RouterOutput:
     """Choose k experts per token and give each its gate value.
 
     Args:
       logits: f32[..., E] of the live router.
-      replayed: expert ids [..., k] of an integer type; a token whose ids are NO_ROUTE, and every
-        token if None, takes the k experts with the highest logits, best first.
-      normalize: make the gate values of a token sum to 1.
+      replayed: fields [..., k]; a token whose ids are NO_ROUTE, and every token if None, takes the
+        k experts with the highest logits, best first, and their live gate values.
+      normalize: make the gate values of a token sum to 1; replayed ones are used as they are.
 
-    Only the choice is replayed. Gate values are always the softmax of the live logits at the chosen
-    ids, so the router keeps learning under replay (the paper's R2 and R3).
+    Without replayed gates only the choice is replayed. Gate values are then the softmax of the live
+    logits at the chosen ids, so the router keeps learning under replay (R2 and R3 of arXiv
+    2512.01374). Replayed gates are constants: at such a token nothing depends on the logits.
     """
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(logits), k)
     if replayed is not None:
-        replayed = replayed.astype(jnp.int32)
-        experts = jnp.where(replayed == NO_ROUTE, experts, replayed)
+        live = replayed.experts == NO_ROUTE
+        experts = jnp.where(live, experts, replayed.experts.astype(jnp.int32))
     shares = jax.nn.softmax(logits, axis=-1)
     # A comparison and a sum instead of an index: its gradient is no scatter.
     chosen = experts[..., None] == jnp.arange(logits.shape[-1])
     weights = jnp.sum(jnp.where(chosen, shares[..., None, :], 0.0), axis=-1)
     if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    if replayed is not None and replayed.gates is not None:
+        weights = jnp.where(live, weights, jax.lax.stop_gradient(replayed.gates))
     return RouterOutput(logits, experts, weights)
 
 

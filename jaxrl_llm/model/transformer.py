@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxrl_llm.arrays import ForwardOutput, RouterOutput
+from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
 from jaxrl_llm.model.moe import dispatch, route, router_logits
@@ -38,7 +38,7 @@ Array = jax.Array
 Params = dict[str, Any]
 Rotary = tuple[Array, Array]
 Sizes = dict[str | None, int]  # dimension name -> size, in order
-Forward = Callable[[Params, Array, Array, Array, Array | None], ForwardOutput]
+Forward = Callable[[Params, Array, Array, Array, ReplayedRoutes | None], ForwardOutput]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class DenseMlp(nnx.Module):
         self.up = _matrix(rngs, columns, fan_in=width)
         self.down = _matrix(rngs, rows, fan_in=inner)
 
-    def __call__(self, x: Array, routes: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Array, replayed: ReplayedRoutes | None) -> tuple[Array, None]:
         return swiglu(x, self.gate[...], self.up[...], self.down[...]), None
 
 
@@ -119,12 +119,12 @@ class MoeMlp(nnx.Module):
         self.up = _matrix(rngs, columns, fan_in=width)
         self.down = _matrix(rngs, rows, fan_in=moe.expert_width)
 
-    def __call__(self, x: Array, routes: Array | None) -> tuple[Array, RouterOutput]:
+    def __call__(self, x: Array, replayed: ReplayedRoutes | None) -> tuple[Array, RouterOutput]:
         moe = self.setup.config.moe
         router = route(
             router_logits(x, self.router[...]),
             moe.experts_per_token,
-            routes,
+            replayed,
             normalize=moe.normalize_weights,
         )
         output = dispatch(
@@ -149,12 +149,16 @@ class Block(nnx.Module):
         self.mlp = (MoeMlp if is_moe else DenseMlp)(setup, layers, rngs)
 
     def __call__(
-        self, hidden: Array, routes: Array | None, rotary: Rotary, segment_ids: Array
+        self,
+        hidden: Array,
+        replayed: ReplayedRoutes | None,
+        rotary: Rotary,
+        segment_ids: Array,
     ) -> tuple[Array, RouterOutput | None]:
         eps = self.setup.config.norm_eps
         normed = rms_norm(hidden, self.attention_norm[...], eps)
         hidden = hidden + self.attention(normed, rotary, segment_ids)
-        change, router = self.mlp(rms_norm(hidden, self.mlp_norm[...], eps), routes)
+        change, router = self.mlp(rms_norm(hidden, self.mlp_norm[...], eps), replayed)
         return _split_rows(hidden + change, self.setup.mesh), router
 
 
@@ -177,21 +181,23 @@ class Transformer(nnx.Module):
             self.head = _matrix(rngs, {"embed": width, "vocab": vocab}, fan_in=width)
 
     def __call__(
-        self, inputs: Array, positions: Array, segment_ids: Array, routes: Array | None
+        self,
+        inputs: Array,
+        positions: Array,
+        segment_ids: Array,
+        replayed: ReplayedRoutes | None,
     ) -> ForwardOutput:
         """See make_forward."""
         config, compute = self.setup.config, self.setup.compute
         rotary = rotary_table(positions, config.head_dim, config.rope_theta)
         hidden = self.embed[...][inputs].astype(compute.dtype)
         hidden = _split_rows(hidden, self.setup.mesh)
-        by_layer = None if routes is None else jnp.moveaxis(routes, 2, 0)
+        by_layer = jax.tree.map(lambda field: jnp.moveaxis(field, 2, 0), replayed)
         outputs, first = [], 0
         for index, (is_moe, layers) in enumerate(config.segments):
             blocks = self.segments[f"{index:02}"]
-            replayed = None
-            if is_moe and by_layer is not None:
-                replayed = by_layer[first : first + layers]
-            hidden, router = _scan(blocks, hidden, replayed, rotary, segment_ids)
+            part = _take_layers(by_layer, first, layers) if is_moe else None
+            hidden, router = _scan(blocks, hidden, part, rotary, segment_ids)
             if is_moe:
                 outputs.append(router)
                 first += layers
@@ -200,15 +206,25 @@ class Transformer(nnx.Module):
         return ForwardOutput(hidden, router)
 
 
+def _take_layers(replayed: ReplayedRoutes | None, first: int, count: int) -> ReplayedRoutes | None:
+    return jax.tree.map(lambda field: field[first : first + count], replayed)
+
+
 def _scan(
-    blocks: Block, hidden: Array, routes: Array | None, rotary: Rotary, segment_ids: Array
+    blocks: Block,
+    hidden: Array,
+    replayed: ReplayedRoutes | None,
+    rotary: Rotary,
+    segment_ids: Array,
 ) -> tuple[Array, RouterOutput | None]:
     """Run stacked layers one after another: routes [n, B, S, K] go in, router outputs come out."""
     definition, stacked = nnx.split(blocks)
 
-    def layer(hidden: Array, xs: tuple[Any, Array | None]) -> tuple[Array, RouterOutput | None]:
-        params, replayed = xs
-        return nnx.merge(definition, params)(hidden, replayed, rotary, segment_ids)
+    def layer(
+        hidden: Array, xs: tuple[Any, ReplayedRoutes | None]
+    ) -> tuple[Array, RouterOutput | None]:
+        params, routes = xs
+        return nnx.merge(definition, params)(hidden, routes, rotary, segment_ids)
 
     remat = blocks.setup.compute.remat
     if remat != "none":
@@ -216,7 +232,7 @@ def _scan(
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         policy = keep if remat == "dots" else None
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return jax.lax.scan(layer, hidden, (stacked, routes))
+    return jax.lax.scan(layer, hidden, (stacked, replayed))
 
 
 def _split_rows(x: Array, mesh: Mesh | None) -> Array:
@@ -224,27 +240,33 @@ def _split_rows(x: Array, mesh: Mesh | None) -> Array:
 
 
 def make_forward(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None = None) -> Forward:
-    """The pure function forward(params, inputs, positions, segment_ids, routes) -> ForwardOutput.
+    """The pure function forward(params, inputs, positions, segment_ids, replayed) -> ForwardOutput.
 
     inputs, positions, segment_ids: i32[B, S] under the alignment rule of types.py; a token sees
       the tokens before it in its own segment, so packed rows equal unpacked ones.
-    routes: int[B, S, L, K] expert ids to replay, L over the MoE layers in global order, NO_ROUTE
-      where the live router decides; None replays nothing.
+    replayed: experts int[B, S, L, K] to replay, L over the MoE layers in global order, NO_ROUTE
+      where the live router decides, and their gate values if those are replayed too; None replays
+      nothing.
 
-    Raises ValueError when routes have another shape.
+    Raises ValueError when replayed routes or gates have another shape.
     """
     definition, _ = nnx.split(_abstract(Setup(config, compute, mesh)))
 
     def forward(
-        params: Params, inputs: Array, positions: Array, segment_ids: Array, routes: Array | None
+        params: Params,
+        inputs: Array,
+        positions: Array,
+        segment_ids: Array,
+        replayed: ReplayedRoutes | None,
     ) -> ForwardOutput:
         wanted = (*inputs.shape, config.num_moe_layers, config.moe.experts_per_token)
-        if routes is not None and routes.shape != wanted:
-            raise ValueError(
-                f"routes have shape {routes.shape}; inputs {inputs.shape} and this model need "
-                f"{wanted}: [rows, positions, MoE layers, experts per token]"
-            )
-        return nnx.merge(definition, params)(inputs, positions, segment_ids, routes)
+        for field in jax.tree.leaves(replayed):
+            if field.shape != wanted:
+                raise ValueError(
+                    f"replayed routes or gates have shape {field.shape}; inputs {inputs.shape} and "
+                    f"this model need {wanted}: [rows, positions, MoE layers, experts per token]"
+                )
+        return nnx.merge(definition, params)(inputs, positions, segment_ids, replayed)
 
     return forward
 

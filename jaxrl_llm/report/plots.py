@@ -77,7 +77,7 @@ PANELS = (
         "Importance weight (mean)",
         "What corrects for the discrepancy, before and after its cap. Near 1 the surrogate "
         "objective is a good one.",
-        (("is_weight/raw", "raw", ORANGE), ("is_weight/used", "used", BLUE)),
+        (("is_weight/raw_mean", "raw", ORANGE), ("is_weight/used_mean", "used", BLUE)),
         level=1.0,
     ),
     Panel(

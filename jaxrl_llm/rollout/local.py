@@ -19,6 +19,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.decode import Cache, Decoded, Slots, decode, empty_cache, prefill
 from jaxrl_llm.rollout.engine import EngineFailure, Params, Request, refusal
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
+from jaxrl_llm.rollout.routes import with_routes
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
 from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
 
@@ -51,6 +52,7 @@ class _Row:
         route_shape = (total - 1, model.num_moe_layers, model.moe.experts_per_token)
         self.request = request
         self.slot = slot
+        self._model = model
         self.length = prompt.size  # tokens so far
         self.finite = True
         self._tokens = np.concatenate([prompt, np.zeros(total - prompt.size, np.int32)])
@@ -90,17 +92,18 @@ class _Row:
         tokens, positions = self._tokens[: self.length], self.length - 1
         response = tokens[prompt.tokens.size :].tolist()
         stopped = response[-1] in self.request.sampling.stop_token_ids
-        return Rollout(
+        rollout = Rollout(
             prompt_id=prompt.prompt_id,
             sample_index=index,
             tokens=tokens,
             loss_mask=np.arange(positions) >= prompt.tokens.size - 1,
             sampler_logprobs=self._logprobs[:positions],
-            routes=self._routes[:positions],
+            routes=None,
             weight_version=self._versions[:positions],
             text=decode_text(response[:-1] if stopped else response),
             finish="stop" if stopped else "length",
         )
+        return with_routes(rollout, self._routes[:positions], self._model)
 
 
 class _SlotTable:

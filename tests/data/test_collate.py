@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.data.collate import collate, collate_demonstrations, place, rows_needed, unpack
 from jaxrl_llm.data.demonstrations import Demonstration
-from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
+from jaxrl_llm.types import (
+    NO_ROUTE,
+    NOT_REPLAYED,
+    NOT_SAMPLED,
+    ROUTES_MISSING,
+    ROUTES_UNREPORTED,
+    SAMPLER_ROUTES,
+    Rollout,
+    RouteError,
+    RouteFallback,
+    bind_routes,
+)
 
 LENGTH = 12
 LAYERS, EXPERTS_PER_TOKEN = 2, 2
@@ -24,23 +35,29 @@ def make_rollout(seed: int, positions: int, *, with_routes: bool = True) -> Roll
     rng = np.random.default_rng(seed)
     sampled = np.arange(positions) >= rng.integers(0, positions)
     routes = rng.integers(0, 8, (positions, LAYERS, EXPERTS_PER_TOKEN)).astype(np.int16)
-    return Rollout(
+    rollout = Rollout(
         prompt_id=f"p{seed}",
         sample_index=0,
         tokens=rng.integers(2, 1000, positions + 1).astype(np.int32),
         loss_mask=sampled,
         sampler_logprobs=np.where(sampled, -rng.random(positions), 0).astype(np.float32),
-        routes=routes if with_routes else None,
+        routes=None,
         weight_version=np.where(sampled, rng.integers(3, 6, positions), NOT_SAMPLED).astype(
             np.int32
         ),
         text="",
         finish="stop",
     )
+    return bind_routes(rollout, routes) if with_routes else rollout
 
 
 def make_batch(
-    rollouts: Sequence[Rollout], *, rows: int = 0, pack: bool = True, step: int = 5
+    rollouts: Sequence[Rollout],
+    *,
+    rows: int = 0,
+    pack: bool = True,
+    step: int = 5,
+    route_fallback: RouteFallback = "live",
 ) -> TrainBatch:
     lengths = [rollout.tokens.size - 1 for rollout in rollouts]
     return collate(
@@ -50,6 +67,7 @@ def make_batch(
         rows=rows or rows_needed(lengths, length=LENGTH, pack=pack),
         length=LENGTH,
         pack=pack,
+        route_fallback=route_fallback,
     )
 
 
@@ -104,6 +122,7 @@ def test_every_field_returns_whole_from_a_batch(
     assert set(fields) == {f.name for f in dataclasses.fields(batch)} - {
         "old_logprobs",
         "ref_logprobs",
+        "gates",
     }
     for index, rollout in enumerate(rollouts):
         sampled = rollout.loss_mask
@@ -116,6 +135,7 @@ def test_every_field_returns_whole_from_a_batch(
             "staleness": np.where(sampled, 5 - rollout.weight_version, 0),
             "advantages": np.where(sampled, index + 1.0, 0.0),
             "routes": rollout.routes,
+            "provenance": np.full(lengths[index], SAMPLER_ROUTES),
         }
         for name, value in expected.items():
             np.testing.assert_array_equal(fields[name][index], value, err_msg=name)
@@ -147,6 +167,7 @@ def test_fields_have_the_promised_types() -> None:
         "sampler_logprobs": real,
         "advantages": real,
         "routes": ("int16", (2, LENGTH, LAYERS, EXPERTS_PER_TOKEN)),
+        "provenance": ("int8", (2, LENGTH)),
     }
 
 
@@ -188,7 +209,7 @@ def test_a_rollout_newer_than_the_learner_is_refused() -> None:
 
 def test_routes_of_different_models_are_refused() -> None:
     other = make_rollout(1, 3)
-    other = dataclasses.replace(other, routes=np.zeros((3, LAYERS + 1, 2), np.int16))
+    other = bind_routes(other, np.zeros((3, LAYERS + 1, 2), np.int16))
     with pytest.raises(ValueError, match=r"'p0' sample 0 has \[2, 2\], rollout 'p1' sample 0 has"):
         make_batch([make_rollout(0, 3), other])
 
@@ -222,3 +243,46 @@ def test_a_demonstration_too_long_is_named() -> None:
     made = Demonstration("q", np.arange(6, dtype=np.int32), np.ones(5, np.bool_))
     with pytest.raises(ValueError, match="demonstration 'q': 6 tokens need 5 positions"):
         collate_demonstrations([made], rows=1, length=4, pack=False)
+
+
+def test_provenance_says_whose_experts_a_position_would_use_and_why() -> None:
+    whole, bare = make_rollout(1, 5), make_rollout(2, 4, with_routes=False)
+    routes = whole.routes.copy()
+    routes[[0, 3]] = NO_ROUTE
+    holes = bind_routes(whole, routes)
+    batch = make_batch([whole, bare, holes], rows=4, pack=False)
+    assert batch.provenance.dtype == np.int8
+    assert batch.provenance[0].tolist() == [SAMPLER_ROUTES] * 5 + [NOT_REPLAYED] * 7
+    assert batch.provenance[1].tolist() == [ROUTES_UNREPORTED] * 4 + [NOT_REPLAYED] * 8
+    expected = [SAMPLER_ROUTES] * 5
+    expected[0] = expected[3] = ROUTES_MISSING
+    assert batch.provenance[2].tolist() == expected + [NOT_REPLAYED] * 7
+    assert batch.provenance[3].tolist() == [NOT_REPLAYED] * LENGTH
+    alone = make_batch([bare])
+    assert alone.routes is None
+    assert alone.provenance[0, :4].tolist() == [ROUTES_UNREPORTED] * 4
+
+
+def test_a_position_without_routes_is_refused_where_no_fallback_is_allowed() -> None:
+    whole, bare = make_rollout(1, 5), make_rollout(2, 4, with_routes=False)
+    routes = whole.routes.copy()
+    routes[[2, 3]] = NO_ROUTE
+    holes = bind_routes(whole, routes)
+    for rollouts, message in (
+        ([whole, bare], "'p2' sample 0: 4 of its 4 positions have no routes, the first is 0"),
+        ([bare], "'p2' sample 0: 4 of its 4 positions have no routes, the first is 0"),
+        ([holes, whole], "'p1' sample 0: 2 of its 5 positions have no routes, the first is 2"),
+    ):
+        with pytest.raises(RouteError, match=message) as error:
+            make_batch(rollouts, route_fallback="error")
+        assert error.value.cause == "missing"
+        assert "learner.route_fallback to live" in str(error.value)
+    make_batch([whole], route_fallback="error")
+
+
+def test_routes_that_left_their_tokens_are_refused() -> None:
+    """See tests/rollout/test_routes.py for all the ways."""
+    left, right = make_rollout(1, 5), make_rollout(2, 5)
+    swapped = dataclasses.replace(left, routes=right.routes)
+    with pytest.raises(RouteError, match="rollout 'p1' sample 0: its routes have the digest"):
+        make_batch([right, swapped])

@@ -147,6 +147,15 @@ def test_the_newest_and_every_so_many_th_are_kept(tmp_path: Path) -> None:
     assert kept(tmp_path) == [10]
 
 
+def test_checkpoints_between_regular_ones_do_not_push_these_out(tmp_path: Path) -> None:
+    """As a run makes them that is stopped often."""
+    config = CheckpointConfig(every=4, keep_last=2)
+    save_all(tmp_path, [4, 8, 9, 10, 11], config)
+    assert kept(tmp_path) == [4, 8, 10, 11]
+    save_all(tmp_path, [12], config)
+    assert kept(tmp_path) == [8, 11, 12]
+
+
 def test_when_a_checkpoint_is_due(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "a", CheckpointConfig(every=3)) as checkpoints:
         assert [step for step in range(1, 10) if checkpoints.due(step)] == [3, 6, 9]

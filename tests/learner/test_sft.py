@@ -14,6 +14,7 @@ from jaxrl_llm.learner.state import (
     shardings_of,
 )
 from jaxrl_llm.learner.step import LearnerConfig, make_policy
+from jaxrl_llm.losses.kl import KLConfig
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.config import ComputeConfig
 from tests.learner.tiny import MODEL, make_batch, make_params, make_routes, one_device, replace
@@ -33,7 +34,9 @@ def test_the_loss_is_the_mean_cross_entropy_and_falls() -> None:
     )
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.03), 1)
     learner = LearnerConfig(mini_batches=4, micro_batches=2, replay="r2")
-    loss = LossConfig(kl_coefficient=1.0, entropy_coefficient=1.0, averaging="response_sum")
+    loss = LossConfig(
+        kl=KLConfig(coefficient=1.0), entropy_coefficient=1.0, averaging="response_sum"
+    )
     step = make_sft_step(MODEL, learner, loss, optimizer, one_device())
     params = jax.tree.map(jnp.asarray, make_params())
     state = TrainState(jnp.int32(0), params, optimizer.transform.init(params))

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.arrays import Mean, TrainBatch
+from jaxrl_llm.arrays import Mean, ReplayedRoutes, TrainBatch
 from jaxrl_llm.learner.state import (
     Optimizer,
     OptimizerConfig,
@@ -25,9 +25,10 @@ from jaxrl_llm.learner.step import (
     make_score_step,
     make_train_step,
 )
+from jaxrl_llm.losses.kl import KLConfig
 from jaxrl_llm.losses.policy import LossConfig, policy_loss
 from jaxrl_llm.losses.router import router_loss
-from jaxrl_llm.losses.weights import token_weights
+from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -39,7 +40,7 @@ from tests.learner.tiny import (
     one_device,
     replace,
     with_noise,
-    without_some_routes,
+    with_some_routes,
 )
 
 # A dense layer and an MoE layer, all parts of the loss, routes for some tokens.
@@ -56,7 +57,7 @@ MIXED = ModelConfig(
 )
 LOSS = LossConfig(
     averaging="sequence",
-    kl_coefficient=0.1,
+    kl=KLConfig(coefficient=0.1),
     entropy_coefficient=0.02,
     router_z_coefficient=0.01,
     router_balance_coefficient=0.05,
@@ -83,12 +84,10 @@ def batch() -> TrainBatch:
     batch = make_batch()
     policy = jax.jit(make_policy(MIXED, ComputeConfig(), one_device(), temperature=1.0))
     logprobs = policy(make_params(MIXED), batch, None).logprobs
-    routes = without_some_routes(make_routes(np.random.default_rng(1), MIXED), batch)
     return replace(
-        batch,
+        with_some_routes(make_routes(np.random.default_rng(1), MIXED), batch),
         old_logprobs=with_noise(logprobs, 0.3, seed=1),
         ref_logprobs=with_noise(logprobs, 0.5, seed=2),
-        routes=routes,
     )
 
 
@@ -117,7 +116,7 @@ def plain(batch: TrainBatch):
     router_weights = jnp.asarray(real / real.sum(), jnp.float32)
 
     def loss(params: Params) -> tuple[jax.Array, dict[str, Mean]]:
-        logprobs, entropy, router = policy(params, batch, batch.routes)
+        logprobs, entropy, router = policy(params, batch, ReplayedRoutes(batch.routes))
         main = policy_loss(logprobs, entropy, batch, weights, LOSS)
         side = router_loss(router, router_weights, z_coefficient=0.01, balance_coefficient=0.05)
         return main.loss + side.loss, main.metrics | side.metrics
@@ -139,7 +138,8 @@ def test_one_micro_batch_is_the_batch(batch: TrainBatch, plain) -> None:
     assert_close(grads, plain[0])
     assert float(output.loss) == pytest.approx(plain[1], rel=1e-5)
     metrics = values(output.metrics)
-    assert 0.3 < metrics.pop("routing/replay_coverage") < 0.9
+    routing = {name: metrics.pop(name) for name in list(metrics) if name.startswith("routing/")}
+    assert 0.3 < routing["routing/replay_coverage"] < 0.9
     assert metrics == pytest.approx(plain[2], rel=1e-5)
     same = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), grads, params)
     assert jax.tree.all(same)
@@ -207,7 +207,7 @@ def test_the_state_is_donated_and_the_policy_learns() -> None:
     batch = replace(make_batch(), routes=make_routes(np.random.default_rng(1)))
     learner = LearnerConfig(old_logprobs="none")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.01), 1)
-    loss = LossConfig(importance="off", averaging="token")
+    loss = LossConfig(importance=ImportanceConfig(ratio="off"), averaging="token")
     train = make_train_step(MODEL, learner, loss, optimizer, one_device(), temperature=1.0)
     state = make_state(MODEL, optimizer, one_device())
     losses = []
@@ -218,6 +218,6 @@ def test_the_state_is_donated_and_the_policy_learns() -> None:
         losses.append(values(metrics)["learner/loss"])
     assert all(later < earlier - 1e-3 for earlier, later in itertools.pairwise(losses))
     found = values(metrics)
-    assert found["policy/ratio_old"] == 1, "pi_old is the current policy"
+    assert found["staleness/ratio_mean"] == 1, "pi_old is the current policy"
     assert found["routing/replay_coverage"] == 0
     assert 0.3 < found["routing/agreement"] < 0.7, "reported here, for no scoring pass does"

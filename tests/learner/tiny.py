@@ -9,7 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrl_llm.arrays import NO_ROUTE, Array, TrainBatch
+from jaxrl_llm.arrays import (
+    NO_ROUTE,
+    NOT_REPLAYED,
+    ROUTES_MISSING,
+    SAMPLER_ROUTES,
+    Array,
+    TrainBatch,
+)
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params, init_params
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -54,7 +61,10 @@ def make_routes(rng: np.random.Generator, model: ModelConfig = MODEL) -> np.ndar
 
 
 def make_batch(seed: int = 0, *, model: ModelConfig = MODEL) -> TrainBatch:
-    """Packed rows of unequal responses, the last two of padding; no old_logprobs, no routes."""
+    """Packed rows of unequal responses, the last two of padding; no old_logprobs, no routes.
+
+    Its provenance is that of routes for every token.
+    """
     rng = np.random.default_rng(seed)
     shape = (ROWS, LENGTH)
     tokens = rng.integers(0, model.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
@@ -77,6 +87,7 @@ def make_batch(seed: int = 0, *, model: ModelConfig = MODEL) -> TrainBatch:
         loss_mask=mask,
         sampler_logprobs=np.where(mask, -rng.gamma(2.0, 1.2, shape), 0).astype(np.float32),
         advantages=np.where(mask, rng.normal(size=shape), 0).astype(np.float32),
+        provenance=np.where(segment_ids > 0, SAMPLER_ROUTES, NOT_REPLAYED).astype(np.int8),
     )
 
 
@@ -86,10 +97,16 @@ def with_noise(logprobs: Array, scale: float, seed: int = 0) -> np.ndarray:
     return np.minimum(np.asarray(logprobs) + noise, 0).astype(np.float32)
 
 
-def without_some_routes(routes: np.ndarray, batch: TrainBatch) -> np.ndarray:
-    """NO_ROUTE for padding and for every third token."""
-    keep = (np.asarray(batch.segment_ids) > 0) & (np.arange(LENGTH) % 3 > 0)
-    return np.where(keep[..., None, None], routes, NO_ROUTE).astype(np.int16)
+def with_some_routes(routes: np.ndarray, batch: TrainBatch) -> TrainBatch:
+    """The batch with routes, NO_ROUTE for padding and for every third token."""
+    real = np.asarray(batch.segment_ids) > 0
+    keep = real & (np.arange(LENGTH) % 3 > 0)
+    provenance = np.where(keep, SAMPLER_ROUTES, np.where(real, ROUTES_MISSING, NOT_REPLAYED))
+    return replace(
+        batch,
+        routes=np.where(keep[..., None, None], routes, NO_ROUTE).astype(np.int16),
+        provenance=provenance.astype(np.int8),
+    )
 
 
 def replace(batch: TrainBatch, **fields: object) -> TrainBatch:

@@ -30,7 +30,8 @@ def random_batch(
     rng = np.random.default_rng(seed)
 
     def near(logprobs: np.ndarray) -> np.ndarray:
-        return poison(logprobs + spread * rng.normal(size=mask.shape), mask)
+        moved = logprobs + spread * rng.normal(size=mask.shape)
+        return poison(np.minimum(moved, -0.01), mask)  # still a probability
 
     logprobs = -rng.uniform(0.1, 3, mask.shape)
     zeros = np.zeros(mask.shape, np.int32)
@@ -52,3 +53,12 @@ def random_batch(
 
 def as_dict(batch: TrainBatch) -> dict[str, np.ndarray | None]:
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+
+
+def per_response(batch: TrainBatch, advantages: list[float]) -> TrainBatch:
+    """The batch with one advantage for each of its three responses."""
+    values = np.zeros(batch.loss_mask.shape)
+    places = [(0, 1), (0, 2), (1, 1)]  # row and segment
+    for (row, segment), advantage in zip(places, advantages, strict=True):
+        values[row, batch.segment_ids[row] == segment] = advantage
+    return dataclasses.replace(batch, advantages=poison(values, batch.loss_mask))

@@ -2,9 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.arrays import NO_ROUTE
+from jaxrl_llm.arrays import NO_ROUTE, PROVENANCE, ROUTES_MISSING
 from jaxrl_llm.losses.diagnostics import (
+    agreement_metrics,
     masked_mean,
+    provenance_metrics,
     replay_coverage,
     route_agreement,
     route_overlap,
@@ -70,6 +72,46 @@ def test_replay_coverage_is_what_was_used_of_what_was_given() -> None:
     used = np.moveaxis(routes, 2, 0)
     assert replay_coverage(natural, routes, REAL).value() < 0.5
     np.testing.assert_allclose(replay_coverage(used, routes, REAL).value(), 1.0, rtol=1e-6)
+
+
+def test_agreement_per_layer_and_its_mean_are_one_computation() -> None:
+    logits, natural, routes = random_routes(4)
+    routes[0, 1:4] = NO_ROUTE
+    metrics = jax.jit(lambda *arrays: agreement_metrics(*arrays, layers=(1, 2, 11), kind="live_"))(
+        logits, routes, REAL
+    )
+    names = ["routing/live_overlap_layer_01", "routing/live_overlap_layer_02"]
+    names += ["routing/live_overlap_layer_11"]
+    assert set(metrics) == {"routing/live_agreement", *names}
+    for index, name in enumerate(names):
+        one = slice(index, index + 1)
+        wanted = reference.route_overlap(natural[one], routes[:, :, one], REAL)
+        np.testing.assert_allclose(metrics[name].value(), wanted, rtol=1e-6)
+        np.testing.assert_allclose(metrics[name].weight, TOKENS - 3)
+    whole = metrics["routing/live_agreement"]
+    np.testing.assert_allclose(
+        whole.value(), reference.route_overlap(natural, routes, REAL), rtol=1e-6
+    )
+    layers = [float(metrics[name].value()) for name in names]
+    assert len(set(layers)) > 1, "layers differ"
+    np.testing.assert_allclose(np.mean(layers), whole.value(), rtol=1e-6)
+
+
+def test_provenance_shares_are_of_the_mask_and_fallback_is_what_went_live() -> None:
+    codes = np.array(list(PROVENANCE), np.int8)
+    provenance = np.random.default_rng(0).choice(codes, REAL.shape)
+    provenance[~REAL] = ROUTES_MISSING  # off the mask nothing counts
+    metrics = provenance_metrics(provenance, REAL)
+    shares = {name: float(mean.value()) for name, mean in metrics.items()}
+    fallback = shares.pop("routing/fallback_fraction")
+    assert sum(shares.values()) == pytest.approx(1)
+    for code, name in PROVENANCE.items():
+        expected = np.mean(provenance[REAL] == code)
+        assert shares[f"routing/provenance_{name}"] == pytest.approx(expected)
+    live = [shares[f"routing/provenance_{name}"] for name in ("unreported", "missing")]
+    assert all(live)
+    assert fallback == pytest.approx(sum(live))
+    assert {float(mean.weight) for mean in metrics.values()} == {TOKENS}
 
 
 @pytest.mark.parametrize("function", [route_overlap, replay_coverage])

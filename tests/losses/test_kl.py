@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses.kl import k1, k2, k3, kl_estimate
+from jaxrl_llm.losses.kl import KLConfig, k1, k2, k3, kl_estimate, kl_penalty
 from tests.losses.batches import MASK, random_batch
 from tests.reference import losses as reference
 
@@ -58,6 +58,58 @@ def test_expected_values_and_gradients_are_those_of_the_table() -> None:
     np.testing.assert_allclose(k1_gradient, 0.0, atol=1e-6)
     np.testing.assert_allclose(k2_gradient, jax.grad(divergence)(p_logits), atol=1e-6)
     np.testing.assert_allclose(k3_gradient, jax.grad(other_direction)(p_logits), atol=1e-6)
+
+
+PENALTIES = [
+    ("k2", "importance"),
+    ("k1", "unbiased"),
+    ("k3", "unbiased"),
+    ("k1", "importance"),
+    ("k3", "none"),
+]
+
+
+@pytest.mark.parametrize(("estimator", "weight"), PENALTIES)
+def test_what_a_penalty_on_the_samplers_tokens_descends(estimator, weight) -> None:
+    """In expectation over mu, summed over a whole vocabulary; the docstring's second table."""
+    rng = np.random.default_rng(1)
+    p_logits, q_logits, mu_logits = jnp.asarray(rng.normal(size=(3, 1, 5)), jnp.float32)
+    log_q, log_mu = jax.nn.log_softmax(q_logits), jax.nn.log_softmax(mu_logits)
+    everything = np.ones((1, 5), bool)
+    cfg = KLConfig(coefficient=1.0, estimator=estimator, weight=weight)
+    importance = jnp.exp(jax.nn.log_softmax(p_logits) - log_mu)
+
+    def penalty(logits):
+        logprobs = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(log_mu) * kl_penalty(logprobs, log_q, importance, everything, cfg))
+
+    def divergence(logits):
+        log_p = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
+
+    found, wanted = jax.grad(penalty)(p_logits), jax.grad(divergence)(p_logits)
+    if (estimator, weight) in PENALTIES[:3]:
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    else:  # k1 descends nothing, and unweighted k3 something else
+        assert np.abs(found - wanted).max() > 0.03
+    if weight != "none" and estimator != "k2":
+        np.testing.assert_allclose(penalty(p_logits), divergence(p_logits), rtol=1e-5)
+
+
+def test_the_unbiased_k3_has_the_gradient_of_the_weighted_k2() -> None:
+    """Token by token; only the value tells them apart."""
+    logprobs, _, batch = random_batch(2)
+    weight = np.where(MASK, np.random.default_rng(0).uniform(0.5, 2, MASK.shape), 0)
+
+    def penalty(logprobs, estimator, kind):
+        cfg = KLConfig(coefficient=1.0, estimator=estimator, weight=kind)
+        return jnp.sum(kl_penalty(logprobs, batch.ref_logprobs, weight, MASK, cfg))
+
+    k2_gradient = jax.grad(penalty)(logprobs, "k2", "importance")
+    k3_gradient = jax.grad(penalty)(logprobs, "k3", "unbiased")
+    np.testing.assert_allclose(k3_gradient, k2_gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(k3_gradient[~MASK], 0.0)
+    assert abs(penalty(logprobs, "k2", "importance") - penalty(logprobs, "k3", "unbiased")) > 0.01
 
 
 def test_k3_saturates_instead_of_overflowing() -> None:

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,31 +6,30 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.arrays import TrainBatch
+from jaxrl_llm.losses.advantages import AdvantageConfig
+from jaxrl_llm.losses.clipping import ClipConfig
+from jaxrl_llm.losses.kl import KLConfig
 from jaxrl_llm.losses.policy import LossConfig, policy_loss
-from jaxrl_llm.losses.weights import token_weights
+from jaxrl_llm.losses.rejection import RejectionConfig
+from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
 from tests.losses.batches import MASK, SEGMENTS, as_dict, random_batch
+from tests.losses.compare import assert_equals_the_reference, value_and_gradients
 from tests.reference import losses as reference
 
 IMPORTANCE = ["sampler", "mismatch", "staleness", "off"]
 ANCHORS = ["old", "sampler", "none"]
-EVERYTHING = {"kl_coefficient": 0.3, "kl_estimator": "k3", "entropy_coefficient": 0.2}
+EVERYTHING = {
+    "kl": KLConfig(coefficient=0.3, estimator="k3"),
+    "entropy_coefficient": 0.2,
+}
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _value_and_gradients(logprobs, entropy, batch, cfg):
-    weights = token_weights(batch.loss_mask, batch.segment_ids, per=cfg.averaging)
-
-    def loss(logprobs, entropy):
-        out = policy_loss(logprobs, entropy, batch, weights, cfg)
-        return out.loss, {name: mean.value() for name, mean in out.metrics.items()}
-
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(logprobs, entropy)
-
-
-def value_and_gradients(logprobs, entropy, batch, cfg):
-    """The loss, its gradients in (logprobs, entropy) and the metrics' values."""
-    (loss, metrics), gradients = _value_and_gradients(logprobs, entropy, batch, cfg)
-    return loss, gradients, {name: float(value) for name, value in metrics.items()}
+def settings(importance="sampler", anchor="old", high=5.0, low=0.2, above=0.27, **others):
+    """A LossConfig from the settings that most tests vary."""
+    clip = ClipConfig(anchor=anchor, low=low, high=above)
+    if anchor == "none":
+        clip = ClipConfig(kind="none")
+    return LossConfig(importance=ImportanceConfig(ratio=importance, high=high), clip=clip, **others)
 
 
 def one_token(*, pi=0.0, mu=0.0, old=0.0, advantage=1.0) -> tuple[np.ndarray, TrainBatch]:
@@ -65,30 +63,23 @@ def pull(cfg: LossConfig, **token: float) -> float:
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("anchor", ANCHORS)
 def test_value_and_gradients_equal_the_reference(importance, anchor) -> None:
-    """Finite differences of the reference, in which the weight and the mask are constants."""
-    cfg = LossConfig(importance=importance, importance_cap=1.5, clip_anchor=anchor, **EVERYTHING)
-    logprobs, entropy, batch = random_batch(3)
-    loss, (by_logprobs, by_entropy), _ = value_and_gradients(logprobs, entropy, batch, cfg)
+    cfg = settings(importance, anchor, high=1.5, **EVERYTHING)
+    assert assert_equals_the_reference(cfg, *random_batch(3))["tokens that learn"] > 3
 
-    weights = reference.token_weights(MASK, SEGMENTS, cfg.averaging)
-    fields, settings = as_dict(batch), dataclasses.asdict(cfg)
-    at = np.where(MASK, logprobs, 0).astype(np.float64)
-    entropy_at = np.where(MASK, entropy, 0).astype(np.float64)
 
-    def slow(values, entropies):
-        return reference.policy_loss(values, entropies, at, fields, weights, settings)
-
-    np.testing.assert_allclose(loss, slow(at, entropy_at), rtol=1e-5)
-    wanted = reference.finite_differences(lambda x: slow(x, entropy_at), at)
-    np.testing.assert_allclose(by_logprobs, wanted, atol=1e-5)
-    wanted = reference.finite_differences(lambda x: slow(at, x), entropy_at)
-    np.testing.assert_allclose(by_entropy, wanted, atol=1e-5)
-    assert np.count_nonzero(by_logprobs) > 3  # the mask left something to compare
+@pytest.mark.parametrize(
+    ("estimator", "weight"),
+    [("k1", "none"), ("k2", "none"), ("k3", "none"), ("k1", "unbiased"), ("k3", "unbiased")],
+)
+def test_weights_of_the_penalty_equal_the_reference(estimator, weight) -> None:
+    penalty = KLConfig(coefficient=0.7, estimator=estimator, weight=weight)
+    rejection = RejectionConfig(ratio="sampler", geometric_low=0.9)
+    assert_equals_the_reference(LossConfig(kl=penalty, rejection=rejection), *random_batch(4))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_penalty_alone_equals_the_reference(estimator) -> None:
-    cfg = LossConfig(kl_coefficient=0.7, kl_estimator=estimator)
+    cfg = LossConfig(kl=KLConfig(coefficient=0.7, estimator=estimator))
     logprobs, entropy, batch = random_batch(4)
     batch = dataclasses.replace(batch, advantages=np.zeros_like(batch.advantages))
     _, (gradient, _), metrics = value_and_gradients(logprobs, entropy, batch, cfg)
@@ -107,47 +98,46 @@ def test_kl_penalty_alone_equals_the_reference(estimator) -> None:
 def test_the_two_readings_of_the_cap() -> None:
     """pi/mu = 8 = (pi_old/mu = 2) * (pi/pi_old = 4), then the other way about."""
     two, four, eight = np.log([2.0, 4.0, 8.0])
-    open_ = {"clip_anchor": "none"}
     late = {"pi": eight, "old": two, "mu": 0.0}
     wanted = {"sampler": 5.0, "mismatch": 8.0, "staleness": 4.0, "off": 1.0}
     for importance, weight in wanted.items():
-        cfg = LossConfig(importance=importance, **open_)
+        cfg = settings(importance, "none")
         assert pull(cfg, **late) == pytest.approx(weight, rel=1e-5)
     noisy = {"pi": four, "old": eight, "mu": 0.0}  # pi_old/mu = 8, pi/pi_old = 1/2
     wanted = {"sampler": 4.0, "mismatch": 2.5, "staleness": 0.5, "off": 1.0}
     for importance, weight in wanted.items():
-        cfg = LossConfig(importance=importance, **open_)
+        cfg = settings(importance, "none")
         assert pull(cfg, **noisy) == pytest.approx(weight, rel=1e-5)
 
 
 def test_the_anchors_of_the_clip_mask() -> None:
     """A token that the update moved up while the engine had over-sampled it, and its mirror."""
     moved = {"pi": 0.0, "old": -0.5, "mu": 0.2, "advantage": 1.0}
-    assert pull(LossConfig(importance="off", clip_anchor="old"), **moved) == 0.0
-    assert pull(LossConfig(importance="off", clip_anchor="sampler"), **moved) == 1.0
-    assert pull(LossConfig(importance="off", clip_anchor="none"), **moved) == 1.0
+    assert pull(settings("off", "old"), **moved) == 0.0
+    assert pull(settings("off", "sampler"), **moved) == 1.0
+    assert pull(settings("off", "none"), **moved) == 1.0
     mismatched = {"pi": 0.0, "old": 0.0, "mu": 0.5, "advantage": -1.0}
-    assert pull(LossConfig(importance="off", clip_anchor="old"), **mismatched) == -1.0
-    assert pull(LossConfig(importance="off", clip_anchor="sampler"), **mismatched) == 0.0
-    assert pull(LossConfig(importance="off", clip_anchor="none"), **mismatched) == -1.0
+    assert pull(settings("off", "old"), **mismatched) == -1.0
+    assert pull(settings("off", "sampler"), **mismatched) == 0.0
+    assert pull(settings("off", "none"), **mismatched) == -1.0
 
 
 def test_at_the_old_weights_the_mask_is_open_and_the_gradient_is_that_of_reinforce() -> None:
     logprobs, entropy, batch = random_batch(5)
     batch = dataclasses.replace(batch, sampler_logprobs=logprobs, old_logprobs=logprobs)
     for importance in IMPORTANCE:
-        cfg = LossConfig(importance=importance, clip_low=0.0, clip_high=0.0)
+        cfg = settings(importance, low=0.0, above=0.0)
         _, (gradient, _), metrics = value_and_gradients(logprobs, entropy, batch, cfg)
         wanted = np.where(MASK, -batch.advantages / np.float32(3), 0.0)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
-        assert metrics["is_weight/used"] == metrics["policy/ratio_old"] == 1.0
+        assert metrics["is_weight/used_mean"] == metrics["staleness/ratio_mean"] == 1.0
         assert metrics["clip/high_fraction"] == metrics["clip/low_fraction"] == 0.0
 
 
 def test_without_old_logprobs_pi_old_is_pi() -> None:
     logprobs, entropy, batch = random_batch(6)
     for importance in IMPORTANCE:
-        cfg = LossConfig(importance=importance)
+        cfg = settings(importance)
         without = dataclasses.replace(batch, old_logprobs=None)
         same = dataclasses.replace(batch, old_logprobs=logprobs)
         found = value_and_gradients(logprobs, entropy, without, cfg)
@@ -176,7 +166,7 @@ def test_the_importance_weight_makes_the_gradient_that_of_the_reward() -> None:
     mu = jax.nn.softmax(mu_logits)[:, None]
 
     def surrogate(logits, importance):
-        cfg = LossConfig(importance=importance, importance_cap=np.inf, clip_anchor="none")
+        cfg = settings(importance, "none", high=np.inf)
         logprobs = jax.nn.log_softmax(logits)[:, None]
         return -policy_loss(logprobs, 0 * mu, batch, mu, cfg).loss
 
@@ -234,7 +224,7 @@ def test_a_nan_on_the_mask_shows(field) -> None:
 @pytest.mark.parametrize("importance", IMPORTANCE)
 @pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
 def test_ratios_that_overflow_give_finite_numbers(importance, advantage) -> None:
-    cfg = LossConfig(importance=importance, importance_cap=np.inf, clip_anchor="none")
+    cfg = settings(importance, "none", high=np.inf)
     for token in ({"mu": -1000.0, "old": -500.0}, {"pi": -1000.0}, {"old": -1000.0}):
         logprobs, batch = one_token(**token, advantage=advantage)
         loss, (gradient, _), metrics = value_and_gradients(
@@ -248,7 +238,7 @@ def test_ratios_that_overflow_give_finite_numbers(importance, advantage) -> None
 
 
 def test_metrics_by_hand() -> None:
-    cfg = LossConfig(importance_cap=1.5)
+    cfg = settings(high=1.5)
     logprobs, entropy, batch = random_batch(23)
     _, _, metrics = value_and_gradients(logprobs, entropy, batch, cfg)
     pi, mu, old, advantage = (
@@ -262,9 +252,9 @@ def test_metrics_by_hand() -> None:
         "policy/kl_sampler_old": (mu - old).mean(),
         "policy/kl_sampler_old_k3": (np.exp(old - mu) - 1 - (old - mu)).mean(),
         "policy/kl_ref": (used * (pi - batch.ref_logprobs[MASK]) ** 2 / 2).mean(),
-        "policy/ratio_old": np.exp(pi - old).mean(),
-        "is_weight/raw": ratio.mean(),
-        "is_weight/used": used.mean(),
+        "staleness/ratio_mean": np.exp(pi - old).mean(),
+        "is_weight/raw_mean": ratio.mean(),
+        "is_weight/used_mean": used.mean(),
         "is_weight/capped_fraction": (ratio > 1.5).mean(),
         "clip/high_fraction": ((np.exp(pi - old) > 1.27) & (advantage > 0)).mean(),
         "clip/low_fraction": ((np.exp(pi - old) < 0.8) & (advantage < 0)).mean(),
@@ -280,10 +270,10 @@ def test_the_capped_fraction_is_of_the_ratio_that_is_capped() -> None:
     wanted = {"sampler": 1.0, "mismatch": 0.0, "staleness": 0.0, "off": 0.0}
     for importance, fraction in wanted.items():
         logprobs, batch = one_token(**token)
-        cfg = LossConfig(importance=importance)
+        cfg = settings(importance)
         _, _, metrics = value_and_gradients(logprobs, np.zeros((1, 1), np.float32), batch, cfg)
         assert metrics["is_weight/capped_fraction"] == fraction
-        assert metrics["is_weight/raw"] == pytest.approx(8.0, rel=1e-5)
+        assert metrics["is_weight/raw_mean"] == pytest.approx(8.0, rel=1e-5)
 
 
 def test_only_log_probabilities_and_entropy_are_differentiated() -> None:
@@ -293,7 +283,7 @@ def test_only_log_probabilities_and_entropy_are_differentiated() -> None:
 
     def loss(old, mu, importance):
         traced = dataclasses.replace(batch, old_logprobs=old, sampler_logprobs=mu)
-        cfg = LossConfig(importance=importance, **EVERYTHING)
+        cfg = settings(importance, **EVERYTHING)
         return policy_loss(logprobs, entropy, traced, weights, cfg).loss
 
     for importance in IMPORTANCE:
@@ -306,30 +296,47 @@ def test_only_log_probabilities_and_entropy_are_differentiated() -> None:
 def test_a_kl_penalty_needs_a_reference() -> None:
     logprobs, batch = one_token()
     with pytest.raises(ValueError, match="no ref_logprobs; score it"):
-        policy_loss(logprobs, logprobs, batch, logprobs, LossConfig(kl_coefficient=0.1))
+        policy_loss(logprobs, logprobs, batch, logprobs, LossConfig(kl=KLConfig(coefficient=0.1)))
 
 
 def test_the_defaults_are_the_papers() -> None:
     cfg = LossConfig()
-    assert (cfg.importance, cfg.importance_cap) == ("sampler", 5.0)
-    assert (cfg.clip_anchor, cfg.clip_low, cfg.clip_high) == ("old", 0.2, 0.27)
-    assert cfg.averaging == "response_sum"
-    assert cfg.kl_coefficient == cfg.entropy_coefficient == 0.0
+    assert (cfg.importance.ratio, cfg.importance.level) == ("sampler", "token")
+    assert (cfg.importance.rule, cfg.importance.low, cfg.importance.high) == ("clip", 0.0, 5.0)
+    assert (cfg.clip.kind, cfg.clip.anchor) == ("ratio", "old")
+    assert (cfg.clip.low, cfg.clip.high) == (0.2, 0.27)
+    assert (cfg.advantage.baseline, cfg.advantage.scale) == ("mean", "none")
+    assert (cfg.form, cfg.averaging) == ("score", "response_sum")
+    assert cfg.kl.coefficient == cfg.entropy_coefficient == 0.0
+    assert cfg.rejection == RejectionConfig()
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("make", "message"),
     [
-        "importance_cap",
-        "clip_low",
-        "clip_high",
-        "kl_coefficient",
-        "entropy_coefficient",
-        "router_z_coefficient",
-        "router_balance_coefficient",
+        (lambda: ImportanceConfig(high=0.0), "importance.low is 0.0 and importance.high 0.0"),
+        (lambda: ImportanceConfig(low=2.0, high=1.0), "importance.low is 2.0"),
+        (lambda: ImportanceConfig(high=np.nan), "importance.high nan"),
+        (lambda: ClipConfig(low=-0.1), "clip.low is -0.1"),
+        (lambda: ClipConfig(high=np.nan), "clip.high is nan"),
+        (lambda: ClipConfig(dual=0.9), "clip.dual is 0.9"),
+        (lambda: ClipConfig(kind="tv", level="geometric"), "mean nothing; set kind to ratio"),
+        (lambda: ClipConfig(kind="kl", dual=3.0), "mean nothing; set kind to ratio"),
+        (lambda: KLConfig(coefficient=-1.0), "kl.coefficient is -1.0"),
+        (lambda: KLConfig(estimator="k2", weight="unbiased"), "use k3, or weight importance"),
+        (lambda: RejectionConfig(k3=np.nan), "rejection.k3 is nan"),
+        (lambda: RejectionConfig(geometric_low=1.1), "it must hold 1"),
+        (lambda: RejectionConfig(geometric_high=0.9), "it must hold 1"),
+        (lambda: RejectionConfig(veto=1.0), "rejection.veto is 1.0"),
+        (lambda: AdvantageConfig(baseline="none", scale="std"), "set scale to none"),
+        (lambda: LossConfig(entropy_coefficient=-0.1), "loss.entropy_coefficient is -0.1"),
+        (lambda: LossConfig(router_z_coefficient=np.nan), "loss.router_z_coefficient is nan"),
+        (lambda: LossConfig(router_balance_coefficient=-1), "router_balance_coefficient is -1"),
+        (lambda: LossConfig(averaging="constant"), "averaging_length is 0.0"),
+        (lambda: LossConfig(averaging_length=9.0), "averaging_length is 9.0"),
+        (lambda: LossConfig(form="ratio"), "clips the ratio it differentiates"),
     ],
 )
-@pytest.mark.parametrize("value", [-0.1, np.nan])
-def test_impossible_settings_are_refused(name, value) -> None:
-    with pytest.raises(ValueError, match=f"{value}; it must be"):
-        LossConfig(**{name: value})
+def test_impossible_settings_are_refused(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

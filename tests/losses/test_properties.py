@@ -11,13 +11,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_llm.arrays import TrainBatch
+from jaxrl_llm.losses import presets
+from jaxrl_llm.losses.kl import KLConfig
 from jaxrl_llm.losses.policy import LossConfig, policy_loss
-from jaxrl_llm.losses.weights import token_weights
+from jaxrl_llm.losses.rejection import RejectionConfig
+from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
 from tests.losses.batches import poison
 
 ROWS, LENGTH = 8, 8
 FIELDS = ["sampler_logprobs", "advantages", "old_logprobs", "ref_logprobs", "logprobs", "entropy"]
-AVERAGING = ["response_sum", "token", "sequence"]
+PENALTIES = {"kl": KLConfig(coefficient=0.1), "entropy_coefficient": 0.1}
+CONFIGS = {
+    "response_sum": LossConfig(importance=ImportanceConfig(high=1.2), **PENALTIES),
+    "token": dataclasses.replace(
+        presets.dppo_kl(),
+        rejection=RejectionConfig(geometric_low=0.8, k3=0.1, veto=0.3, negative_kl=0.1),
+        **PENALTIES,
+    ),
+    "sequence": dataclasses.replace(presets.gspo(), **PENALTIES),
+    "constant": LossConfig(
+        importance=ImportanceConfig(level="sequence", rule="band", low=0.5, high=2.0),
+        averaging="constant",
+        averaging_length=7.0,
+        **PENALTIES,
+    ),
+}
+AVERAGING = list(CONFIGS)
 
 # The loss mask of every response; several turns, and responses without a sampled token, included.
 responses = st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=1, max_size=ROWS)
@@ -59,9 +78,7 @@ def lay_out(masks: list[list[bool]], places: list[Place], seed: int) -> dict[str
 
 @functools.cache
 def run(averaging: str):
-    cfg = LossConfig(
-        importance_cap=1.2, averaging=averaging, kl_coefficient=0.1, entropy_coefficient=0.1
-    )
+    cfg = CONFIGS[averaging]
 
     @jax.jit
     def loss_and_gradients(fields, weights):
@@ -85,7 +102,7 @@ def run(averaging: str):
 
     @jax.jit
     def weigh(mask, segment_ids):
-        return token_weights(mask, segment_ids, per=averaging)
+        return token_weights(mask, segment_ids, per=averaging, constant=cfg.averaging_length)
 
     return weigh, loss_and_gradients
 

@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses.ratios import MAX_LOG_RATIO, log_ratio, ratio, segment_totals
-from jaxrl_llm.losses.ratios import sequence_log_ratio as sequence
+from jaxrl_llm.losses.ratios import MAX_LOG_RATIO, at_level, log_ratio, ratio, segment_totals
 from tests.losses.batches import MASK, SEGMENTS, poison, random_batch
 from tests.reference import losses as reference
 
@@ -57,26 +56,38 @@ def test_a_zero_advantage_times_an_overflowing_ratio_is_0_and_not_nan() -> None:
     np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_sequence_log_ratio_equals_the_reference() -> None:
+LEVELS = ["token", "sequence", "geometric"]
+
+
+def slow_at_level(values: np.ndarray, level: str) -> np.ndarray:
+    out = np.zeros(MASK.shape)
+    for tokens in reference.responses(MASK, SEGMENTS):
+        for t, value in reference.at_level({t: float(values[t]) for t in tokens}, level).items():
+            out[t] = value
+    return out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_equal_the_reference(level) -> None:
     logprobs, _, batch = random_batch(1)
     per_token = np.asarray(log_ratio(logprobs, batch.sampler_logprobs, MASK))
-    wanted = reference.sequence_log_ratio(per_token, MASK, SEGMENTS)
-    np.testing.assert_allclose(sequence(per_token, MASK, SEGMENTS), wanted, atol=1e-6)
-    poisoned = poison(per_token, MASK)
-    np.testing.assert_allclose(sequence(poisoned, MASK, SEGMENTS), wanted, atol=1e-6)
+    wanted = slow_at_level(per_token, level)
+    for values in (per_token, poison(per_token, MASK)):
+        np.testing.assert_allclose(at_level(values, MASK, SEGMENTS, level), wanted, atol=1e-6)
 
 
-def test_sequence_log_ratio_gradient_equals_finite_differences() -> None:
-    """The objective is curved in the sequence ratio, as GSPO's is."""
+@pytest.mark.parametrize("level", LEVELS)
+def test_gradients_of_levels_equal_finite_differences(level) -> None:
+    """The objective is curved in the ratio, as GSPO's is."""
     logprobs, _, batch = random_batch(2)
     per_token = np.asarray(log_ratio(logprobs, batch.sampler_logprobs, MASK))
     tilt = np.random.default_rng(0).normal(size=MASK.shape)
 
     def objective(x):
-        return jnp.sum(tilt * ratio(sequence(x, MASK, SEGMENTS)) * MASK)
+        return jnp.sum(tilt * ratio(at_level(x, MASK, SEGMENTS, level)) * MASK)
 
     def slow(x):
-        return np.sum(tilt * np.exp(reference.sequence_log_ratio(x, MASK, SEGMENTS)) * MASK)
+        return np.sum(tilt * np.exp(slow_at_level(x, level)) * MASK)
 
     wanted = reference.finite_differences(slow, per_token.astype(np.float64))
     np.testing.assert_allclose(jax.grad(objective)(per_token), wanted, atol=1e-5)
@@ -89,10 +100,14 @@ def test_segment_ids_reach_the_row_length() -> None:
     ids = np.array([[1, 2, 3, 4]], np.int32)
     values = np.array([[1.0, 2.0, 4.0, 8.0]], np.float32)
     np.testing.assert_array_equal(segment_totals(values, ids), [[0, 1, 2, 4, 8]])
-    np.testing.assert_array_equal(sequence(values, np.ones((1, 4), bool), ids), values)
+    for level in LEVELS:
+        found = at_level(values, np.ones((1, 4), bool), ids, level)
+        np.testing.assert_array_equal(found, values)
 
 
 @pytest.mark.parametrize("mask", [np.zeros_like(MASK), MASK & (SEGMENTS == 1)])
-def test_sequence_log_ratio_of_fully_masked_segments_is_0(mask) -> None:
+def test_the_geometric_mean_of_fully_masked_segments_is_0(mask) -> None:
     values = poison(np.ones(mask.shape), mask)
-    np.testing.assert_array_equal(sequence(values, mask, SEGMENTS), mask.astype(np.float32))
+    np.testing.assert_array_equal(
+        at_level(values, mask, SEGMENTS, "geometric"), mask.astype(np.float32)
+    )

@@ -1,67 +1,97 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses.weights import Band, Off, Truncate, importance_weight, token_weights
-from tests.losses.batches import MASK, SEGMENTS, poison
+from jaxrl_llm.losses.ratios import LogRatios, log_ratios
+from jaxrl_llm.losses.weights import ImportanceConfig, importance_weight, token_weights
+from tests.losses.batches import MASK, SEGMENTS, random_batch
 from tests.reference import losses as reference
 
 RULES = ["response_sum", "token", "sequence", "constant"]
 ONE = np.ones((1, 1), bool)
 
 
-def weigh(log_ratio: float, rule) -> float:
-    return float(importance_weight(np.float32([[log_ratio]]), ONE, rule)[0, 0])
+INF = np.inf
 
 
-def test_truncate_cuts_at_its_cap() -> None:
-    assert weigh(0.0, Truncate(5.0)) == 1.0
-    assert weigh(1.0, Truncate(5.0)) == pytest.approx(np.e)
-    assert weigh(2.0, Truncate(5.0)) == 5.0
-    assert weigh(1000.0, Truncate(5.0)) == 5.0
-    assert weigh(-1000.0, Truncate(5.0)) == 0.0
-    assert weigh(1000.0, Truncate(np.inf)) == pytest.approx(np.exp(20.0))
+def weigh(log_ratio: float, cfg: ImportanceConfig) -> float:
+    """The weight of a response of one token with this log-ratio."""
+    zero, moved = np.zeros((1, 1), np.float32), np.float32([[log_ratio]])
+    ratios = LogRatios(
+        sampler=moved,
+        mismatch=moved if cfg.ratio == "mismatch" else zero,
+        staleness=moved if cfg.ratio == "staleness" else zero,
+    )
+    found = importance_weight(ratios, ONE, ONE.astype(np.int32), cfg, level="token")
+    return float(found.weight[0, 0])
+
+
+CLIPPED, BANDED = ImportanceConfig(high=5.0), ImportanceConfig(rule="band", low=0.5, high=2.0)
+
+
+def test_clip_cuts_at_its_bounds() -> None:
+    assert weigh(0.0, CLIPPED) == 1.0
+    assert weigh(1.0, CLIPPED) == pytest.approx(np.e)
+    assert weigh(2.0, CLIPPED) == 5.0
+    assert weigh(1000.0, CLIPPED) == 5.0
+    assert weigh(-1000.0, CLIPPED) == 0.0
+    assert weigh(-1000.0, ImportanceConfig(low=0.5)) == 0.5
+    assert weigh(1000.0, ImportanceConfig(high=INF)) == pytest.approx(np.exp(20.0))
 
 
 def test_band_rejects_outside_and_keeps_its_ends() -> None:
-    assert weigh(0.0, Band(1.0, 1.0)) == 1.0
-    assert weigh(0.5, Band(0.5, 2.0)) == pytest.approx(np.exp(0.5))
-    assert weigh(0.8, Band(0.5, 2.0)) == 0.0
-    assert weigh(-0.8, Band(0.5, 2.0)) == 0.0
-    assert weigh(1000.0, Band(0.5, 2.0)) == 0.0
+    assert weigh(0.0, ImportanceConfig(rule="band", low=1.0, high=1.0)) == 1.0
+    assert weigh(0.5, BANDED) == pytest.approx(np.exp(0.5))
+    assert weigh(0.8, BANDED) == 0.0
+    assert weigh(-0.8, BANDED) == 0.0
+    assert weigh(1000.0, BANDED) == 0.0
 
 
 def test_off_weighs_every_token_1() -> None:
-    assert weigh(1000.0, Off()) == 1.0
-    assert weigh(-np.inf, Off()) == 1.0
+    for log_ratio in (1000.0, -INF, np.nan):
+        assert weigh(log_ratio, ImportanceConfig(ratio="off")) == 1.0
 
 
-@pytest.mark.parametrize("rule", [Off(), Truncate(5.0), Band(0.5, 2.0)])
-def test_the_weight_is_0_off_the_mask_and_never_differentiated(rule) -> None:
-    log_ratio = poison(np.linspace(-1, 1, MASK.size).reshape(MASK.shape), MASK)
-
-    def total(x):
-        return jnp.sum(importance_weight(x, MASK, rule))
-
-    found = importance_weight(log_ratio, MASK, rule)
-    np.testing.assert_array_equal(found[~MASK], 0.0)
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(jax.grad(total)(log_ratio), 0.0)
+KINDS = ["sampler", "mismatch", "staleness", "off"]
 
 
-@pytest.mark.parametrize("rule", [Truncate(5.0), Band(0.5, 2.0)])
-def test_a_nan_on_the_mask_shows(rule) -> None:
-    assert np.isnan(weigh(np.nan, rule))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("rule", ["clip", "band"])
+def test_the_weight_equals_the_reference_and_is_never_differentiated(kind, level, rule) -> None:
+    logprobs, _, batch = random_batch(2)
+    ratios = log_ratios(logprobs, batch.old_logprobs, batch.sampler_logprobs, MASK)
+    cfg = ImportanceConfig(ratio=kind, level=level, rule=rule, low=0.7, high=1.3)
+
+    def weight(ratios):
+        return importance_weight(ratios, MASK, SEGMENTS, cfg, level="geometric").weight
+
+    values = {"importance": dataclasses.asdict(cfg), "clip": {"level": "geometric"}}
+    wanted = np.zeros(MASK.shape)
+    for tokens in reference.responses(MASK, SEGMENTS):
+        named = {name: {t: float(x[t]) for t in tokens} for name, x in ratios._asdict().items()}
+        for t in tokens:
+            wanted[t] = np.prod(reference.importance(named, t, values))
+    np.testing.assert_allclose(weight(ratios), wanted, rtol=1e-5)
+    for gradient in jax.grad(lambda r: jnp.sum(weight(r)))(ratios):
+        np.testing.assert_array_equal(gradient, 0.0)
 
 
-def test_rules_refuse_impossible_bounds() -> None:
-    for cap in (0.0, -1.0, np.nan):
-        with pytest.raises(ValueError, match="positive"):
-            Truncate(cap)
-    for low, high in ((2.0, 1.0), (-1.0, 1.0), (np.nan, 1.0)):
-        with pytest.raises(ValueError, match="low <= high"):
-            Band(low, high)
+def test_what_a_bound_changed_is_told() -> None:
+    ratios = LogRatios(*[np.float32([[np.log(3.0), np.log(1.5), 0.0, np.nan]])] * 3)
+    mask, segments = np.ones((1, 4), bool), np.arange(1, 5, dtype=np.int32)[None]
+    for cfg in (ImportanceConfig(high=2.0), BANDED):
+        found = importance_weight(ratios, mask, segments, cfg, level="token")
+        np.testing.assert_array_equal(found.bounded, [[True, False, False, False]])
+
+
+@pytest.mark.parametrize("cfg", [CLIPPED, BANDED])
+@pytest.mark.parametrize("kind", ["sampler", "mismatch", "staleness"])
+def test_a_nan_on_the_mask_shows(cfg, kind) -> None:
+    assert np.isnan(weigh(np.nan, dataclasses.replace(cfg, ratio=kind)))
 
 
 @pytest.mark.parametrize("per", RULES)

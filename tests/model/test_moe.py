@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.arrays import NO_ROUTE
+from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes
 from jaxrl_llm.model import moe
 from jaxrl_llm.model.config import Dispatch
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -48,7 +48,7 @@ def test_equal_logits_rank_by_expert_id() -> None:
 def test_replayed_ids_are_used_and_take_live_gate_values(normalize: bool) -> None:
     logits = normal(4, EXPERTS)
     replayed = np.array([[7, 0, 3], [NO_ROUTE] * 3, [1, 2, 4], [NO_ROUTE] * 3], np.int16)
-    output = moe.route(logits, PER_TOKEN, replayed, normalize=normalize)
+    output = moe.route(logits, PER_TOKEN, ReplayedRoutes(replayed), normalize=normalize)
     assert output.experts.dtype == jnp.int32
     for n in range(4):
         wide = logits[n].astype(np.float64)
@@ -60,8 +60,31 @@ def test_replayed_ids_are_used_and_take_live_gate_values(normalize: bool) -> Non
 def test_replaying_the_own_choice_changes_nothing() -> None:
     logits = normal(6, EXPERTS)
     own = moe.route(logits, PER_TOKEN, None, normalize=True)
-    again = moe.route(logits, PER_TOKEN, own.experts.astype(jnp.int16), normalize=True)
-    jax.tree.map(np.testing.assert_array_equal, own, again)
+    for gates in (None, own.weights):
+        replayed = ReplayedRoutes(own.experts.astype(jnp.int16), gates)
+        again = moe.route(logits, PER_TOKEN, replayed, normalize=True)
+        jax.tree.map(np.testing.assert_array_equal, own, again)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_replayed_gates_are_used_as_they_are_and_end_the_gradient(normalize: bool) -> None:
+    """At tokens with routes; a token without them keeps its live gate values and their gradient."""
+    logits, gates, probe = normal(4, EXPERTS), normal(4, PER_TOKEN, seed=1), normal(4, PER_TOKEN)
+    ids = np.array([[7, 0, 3], [NO_ROUTE] * 3, [1, 2, 4], [NO_ROUTE] * 3], np.int16)
+
+    def total(logits: jax.Array, gates: jax.Array) -> tuple[jax.Array, Any]:
+        output = moe.route(logits, PER_TOKEN, ReplayedRoutes(ids, gates), normalize=normalize)
+        return jnp.sum(output.weights * probe), output
+
+    (to_logits, to_gates), output = jax.grad(total, argnums=(0, 1), has_aux=True)(logits, gates)
+    live = moe.route(logits, PER_TOKEN, None, normalize=normalize)
+    np.testing.assert_array_equal(output.experts[::2], ids[::2])
+    np.testing.assert_array_equal(output.weights[::2], gates[::2])
+    np.testing.assert_array_equal(output.experts[1::2], live.experts[1::2])
+    np.testing.assert_array_equal(output.weights[1::2], live.weights[1::2])
+    assert not np.any(to_gates), "they are frozen"
+    assert not np.any(to_logits[::2])
+    assert np.all(np.any(np.asarray(to_logits[1::2]) != 0, axis=-1))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -71,7 +94,8 @@ def test_the_gate_gradient_reaches_the_router_at_the_replayed_ids(normalize: boo
     replayed = np.array([[6, 1, 4]], np.int16)
 
     def total(logits: jax.Array) -> jax.Array:
-        return jnp.sum(moe.route(logits, PER_TOKEN, replayed, normalize=normalize).weights * probe)
+        output = moe.route(logits, PER_TOKEN, ReplayedRoutes(replayed), normalize=normalize)
+        return jnp.sum(output.weights * probe)
 
     shares = reference.softmax(logits[0].astype(np.float64))
     upstream = np.zeros(EXPERTS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.arrays import NO_ROUTE, ForwardOutput
+from jaxrl_llm.arrays import NO_ROUTE, ForwardOutput, ReplayedRoutes
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import (
@@ -27,6 +27,7 @@ from tests.model.tiny import (
     assert_close,
     one_segment,
     params,
+    some_gates,
     some_routes,
     tokens,
 )
@@ -40,12 +41,12 @@ FLOAT32 = ComputeConfig(remat="none")
 
 @functools.cache
 def scoring(config: ModelConfig) -> Any:
-    """(params, inputs, routes) -> forward pass and log-probabilities of `inputs` themselves."""
+    """(params, inputs, replayed) -> forward pass and log-probabilities of `inputs` themselves."""
 
     def program(
-        params: Params, inputs: jax.Array, routes: jax.Array | None
+        params: Params, inputs: jax.Array, replayed: ReplayedRoutes | None
     ) -> tuple[ForwardOutput, jax.Array]:
-        output = make_forward(config, FLOAT32)(params, *one_segment(inputs), routes)
+        output = make_forward(config, FLOAT32)(params, *one_segment(inputs), replayed)
         logprobs, _ = token_logprobs(
             output.hidden, unembed(params, config), inputs, temperature=1.0, chunk=4
         )
@@ -59,21 +60,27 @@ def scoring(config: ModelConfig) -> Any:
 
 @pytest.mark.parametrize(
     ("config", "replayed"),
-    [(TINY, "none"), (TINY, "all"), (TINY, "some"), (TIED, "some")],
-    ids=["none", "all", "some", "some-tied"],
+    [(TINY, "none"), (TINY, "all"), (TINY, "some"), (TIED, "some"), (TINY, "gates")],
+    ids=["none", "all", "some", "some-tied", "some-gates"],
 )
 def test_values_equal_the_reference(config: ModelConfig, replayed: str) -> None:
     """MoE and dense layers mixed: routes belong to MoE layers in global order."""
     inputs = tokens(2, 6)
     routes = None if replayed == "none" else some_routes(2, 6)
-    if routes is not None and replayed == "some":
+    gates = some_gates(2, 6) if replayed == "gates" else None
+    if routes is not None and replayed != "all":
         routes[0, 2] = NO_ROUTE  # one token in all layers
         routes[1, :, 1] = NO_ROUTE  # one layer for all tokens
-    output, logprobs = scoring(config)(params(config), inputs, routes)
+    given = None if routes is None else ReplayedRoutes(routes, gates)
+    output, logprobs = scoring(config)(params(config), inputs, given)
     wide = reference.to_float64(params(config))
     for row in range(2):
         hidden, logits, experts, weights = reference.forward(
-            wide, config, inputs[row], None if routes is None else routes[row]
+            wide,
+            config,
+            inputs[row],
+            None if routes is None else routes[row],
+            None if gates is None else gates[row],
         )
         wanted, _ = reference.token_logprobs(wide, config, hidden, inputs[row], 1.0)
         np.testing.assert_allclose(output.hidden[row], hidden, atol=2e-5)
@@ -85,17 +92,24 @@ def test_values_equal_the_reference(config: ModelConfig, replayed: str) -> None:
             np.testing.assert_array_equal(np.moveaxis(experts, 0, 1), routes[row])
 
 
-@pytest.mark.parametrize("config", [TINY, TIED], ids=["untied", "tied"])
-def test_gradients_equal_differences_of_the_reference(config: ModelConfig) -> None:
+@pytest.mark.parametrize(
+    ("config", "gates"),
+    [(TINY, None), (TIED, None), (TINY, some_gates(1, 5))],
+    ids=["untied", "tied", "replayed gates"],
+)
+def test_gradients_equal_differences_of_the_reference(
+    config: ModelConfig, gates: np.ndarray | None
+) -> None:
     """Along one random direction for each parameter, of a sum over everything that is returned."""
     inputs, routes = tokens(1, 5), some_routes(1, 5)
+    routes[0, 3] = NO_ROUTE
     random = np.random.default_rng(7)
     on_logprobs = random.standard_normal(5)
     on_logits = random.standard_normal((config.num_moe_layers, 5, config.moe.num_experts))
     on_weights = random.standard_normal((config.num_moe_layers, 5, config.moe.experts_per_token))
 
     def total(params: Params) -> jax.Array:
-        output, logprobs = scoring(config)(params, inputs, routes)
+        output, logprobs = scoring(config)(params, inputs, ReplayedRoutes(routes, gates))
         router = output.router
         return (
             jnp.sum(on_logprobs * logprobs[0])
@@ -104,7 +118,9 @@ def test_gradients_equal_differences_of_the_reference(config: ModelConfig) -> No
         )
 
     def exact(params: Any) -> float:
-        hidden, logits, _, weights = reference.forward(params, config, inputs[0], routes[0])
+        hidden, logits, _, weights = reference.forward(
+            params, config, inputs[0], routes[0], None if gates is None else gates[0]
+        )
         logprobs, _ = reference.token_logprobs(params, config, hidden, inputs[0], 1.0)
         return np.sum(on_logprobs * logprobs) + sum(
             np.sum(a * b) for a, b in ((on_logits, logits), (on_weights, weights))
@@ -233,10 +249,12 @@ def test_a_token_depends_on_the_earlier_ones_of_its_segment_only() -> None:
 
 @functools.cache
 def gradient_of(compute: ComputeConfig) -> Any:
-    inputs, routes = tokens(2, 6), some_routes(2, 6)
+    inputs, routes, gates = tokens(2, 6), some_routes(2, 6), some_gates(2, 6)
+    routes[0] = NO_ROUTE
 
     def total(params: Params) -> jax.Array:
-        output = make_forward(TINY, compute)(params, *one_segment(inputs), routes)
+        replayed = ReplayedRoutes(routes, gates)
+        output = make_forward(TINY, compute)(params, *one_segment(inputs), replayed)
         return jnp.sum(jnp.sin(output.hidden)) + jnp.sum(jnp.sin(output.router.logits))
 
     return jax.jit(jax.value_and_grad(total))(params())
@@ -276,7 +294,7 @@ def test_remat_keeps_only_the_input_of_a_layer() -> None:
 
 
 def test_bfloat16_stays_near_and_keeps_the_router_in_float32() -> None:
-    inputs, routes = tokens(2, 6), some_routes(2, 6)
+    inputs, routes = tokens(2, 6), ReplayedRoutes(some_routes(2, 6))
     forward = make_forward(TINY, ComputeConfig(dtype="bfloat16"))
     low = jax.jit(forward)(params(), *one_segment(inputs), routes)
     high, _ = scoring(TINY)(params(), inputs, routes)
@@ -303,7 +321,7 @@ def test_eight_devices_give_the_numbers_of_one(axes: tuple[int, ...]) -> None:
         return loss, output
 
     gradient = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=2)
-    batch = (*one_segment(inputs), routes)
+    batch = (*one_segment(inputs), ReplayedRoutes(routes, some_gates(8, 6, config)))
     single = params(config)
     wanted = gradient(single, batch, None)
     mesh = make_mesh(MeshConfig(*axes))
@@ -344,7 +362,10 @@ def test_random_matrices_have_the_variance_of_their_fan_in() -> None:
 
 
 def test_routes_of_another_shape_are_refused() -> None:
-    inputs = tokens(2, 6)
-    routes = some_routes(2, 6)
-    with pytest.raises(ValueError, match=r"routes have shape \(2, 6, 2, 2\).*\(2, 6, 3, 2\)"):
-        make_forward(TINY, FLOAT32)(params(), *one_segment(inputs), routes[:, :, :2])
+    routes, gates = some_routes(2, 6), some_gates(2, 6)
+    for replayed in (
+        ReplayedRoutes(routes[:, :, :2]),
+        ReplayedRoutes(routes, gates[:, :, :2]),
+    ):
+        with pytest.raises(ValueError, match=r"have shape \(2, 6, 2, 2\).*\(2, 6, 3, 2\)"):
+            make_forward(TINY, FLOAT32)(params(), *one_segment(tokens(2, 6)), replayed)

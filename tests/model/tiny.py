@@ -59,6 +59,12 @@ def some_routes(rows: int, length: int, config: ModelConfig = TINY, seed: int = 
     return order[..., : config.moe.experts_per_token].astype(np.int16)
 
 
+def some_gates(rows: int, length: int, config: ModelConfig = TINY, seed: int = 0) -> np.ndarray:
+    """Random positive gate values that sum to no particular number, f32[B, S, L, K]."""
+    shape = (rows, length, config.num_moe_layers, config.moe.experts_per_token)
+    return np.random.default_rng(seed).uniform(0.1, 0.9, shape).astype(np.float32)
+
+
 def assert_close(found: Any, wanted: Any, tolerance: float) -> None:
     """Every array of a tree equals the other's to within `tolerance` of its largest entry."""
 

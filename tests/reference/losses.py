@@ -1,6 +1,6 @@
 """The mathematics of the losses again: float64, one token at a time, no masks but `if`.
 
-Written from arXiv 2512.01374, not from the package. `policy_loss` takes the log-probabilities at
+Written from the papers, not from the package. `policy_loss` takes the log-probabilities at
 which the constants of the surrogate (weight and clip mask) are evaluated apart from those it is a
 function of, so that finite differences of it are the gradient of the surrogate.
 """
@@ -25,6 +25,9 @@ def group_advantages(
     for g in range(rewards.shape[0]):
         members = [n for n in range(rewards.shape[1]) if valid[g, n]]
         known = [float(rewards[g, n]) for n in members]
+        if baseline == "none":
+            out[g, members] = known
+            continue
         if len(set(known)) < 2:
             continue
         for n in members:
@@ -52,34 +55,69 @@ def token_weights(
     return out
 
 
-def sequence_log_ratio(
-    log_ratio: np.ndarray, mask: np.ndarray, segment_ids: np.ndarray
-) -> np.ndarray:
-    out = np.zeros(mask.shape)
-    for tokens in responses(mask, segment_ids):
-        mean = sum(float(log_ratio[t]) for t in tokens) / len(tokens)
-        for t in tokens:
-            out[t] = mean
-    return out
+Token = tuple[int, int]
 
 
-def is_open(ratio: float, advantage: float, low: float, high: float) -> bool:
+def at_level(values: dict[Token, float], level: str) -> dict[Token, float]:
+    """Log-ratios of one response: the tokens' own, their sum or their mean, for each token."""
+    if level == "token":
+        return values
+    total = sum(values.values())
+    return dict.fromkeys(values, total if level == "sequence" else total / len(values))
+
+
+def is_open(
+    ratio: float, advantage: float, low: float, high: float, dual: float = math.inf
+) -> bool:
     if advantage > 0:
         return ratio <= 1 + high
     if advantage < 0:
-        return ratio >= 1 - low
+        return 1 - low <= ratio <= dual
     return True
 
 
-def importance(kind: str, cap: float, pi: float, old: float, mu: float) -> float:
-    """w_t from the three log-probabilities of one token."""
-    if kind == "sampler":
-        return min(math.exp(pi - mu), cap)
-    if kind == "mismatch":
-        return min(math.exp(old - mu), cap) * math.exp(pi - old)
-    if kind == "staleness":
-        return min(math.exp(pi - old), cap)
-    return 1.0
+def binary_divergence(kind: str, pi: float, anchor: float) -> float:
+    """Between the two-point distributions that anchor and pi give "this token or another"."""
+    p, q = math.exp(anchor), math.exp(pi)
+    if kind == "tv":
+        return (abs(p - q) + abs((1 - p) - (1 - q))) / 2
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def passes(ratio: float, pi: float, anchor: float, advantage: float, clip: dict) -> bool:
+    """M_t; `ratio` is pi over the anchor at the mask's level."""
+    if clip["kind"] == "none":
+        return True
+    if clip["kind"] == "ratio":
+        return is_open(ratio, advantage, clip["low"], clip["high"], clip["dual"])
+    divergence = binary_divergence(clip["kind"], pi, anchor)
+    if advantage > 0 and pi > anchor:
+        return divergence <= clip["high"]
+    if advantage < 0 and pi < anchor:
+        return divergence <= clip["low"]
+    return True
+
+
+def bound(ratio: float, cfg: dict) -> float:
+    if cfg["rule"] == "clip":
+        return min(max(ratio, cfg["low"]), cfg["high"])
+    return ratio if cfg["low"] <= ratio <= cfg["high"] else 0.0
+
+
+def is_rejected(
+    mismatch: list[float], sampler: list[float], staleness: list[float], advantage: float, cfg: dict
+) -> bool:
+    """Of one response, from the log-ratios of its tokens."""
+    judged = mismatch if cfg["ratio"] == "mismatch" else sampler
+    geometric = math.exp(np.mean(judged))
+    if not cfg["geometric_low"] <= geometric <= cfg["geometric_high"]:
+        return True
+    if np.mean([math.exp(x) - 1 - x for x in judged]) > cfg["k3"]:
+        return True
+    if min(math.exp(x) for x in judged) < cfg["veto"]:
+        return True
+    moved = sampler if cfg["negative_anchor"] == "sampler" else staleness
+    return advantage < 0 and -np.mean(moved) > cfg["negative_kl"]
 
 
 def kl(estimator: str, log_p: float, log_q: float) -> float:
@@ -93,25 +131,79 @@ def policy_loss(
     constants_at: np.ndarray,
     batch: dict[str, np.ndarray | None],
     weights: np.ndarray,
-    cfg: dict[str, float | str],
+    cfg: dict,
 ) -> float:
-    """The MiniRL surrogate; `batch` and `cfg` are the fields of TrainBatch and LossConfig."""
+    """Any surrogate of the family; `batch` and `cfg`: the fields of TrainBatch and LossConfig."""
     total = 0.0
-    for t in map(tuple, np.argwhere(batch["loss_mask"])):
-        pi, mu = float(constants_at[t]), float(batch["sampler_logprobs"][t])
-        old = pi if batch["old_logprobs"] is None else float(batch["old_logprobs"][t])
-        advantage = float(batch["advantages"][t])
-        w = importance(cfg["importance"], cfg["importance_cap"], pi, old, mu)
-        anchored = {"old": math.exp(pi - old), "sampler": math.exp(pi - mu), "none": 1.0}
-        mask = is_open(anchored[cfg["clip_anchor"]], advantage, cfg["clip_low"], cfg["clip_high"])
-        token = -mask * w * advantage * float(logprobs[t])
-        if cfg["kl_coefficient"]:
-            reference = float(batch["ref_logprobs"][t])
-            penalty = kl(cfg["kl_estimator"], float(logprobs[t]), reference)
-            token += cfg["kl_coefficient"] * w * penalty
-        token -= cfg["entropy_coefficient"] * float(entropy[t])
-        total += float(weights[t]) * token
+    for tokens in responses(batch["loss_mask"], batch["segment_ids"]):
+        pi = {t: float(constants_at[t]) for t in tokens}
+        mu = {t: float(batch["sampler_logprobs"][t]) for t in tokens}
+        old = pi if batch["old_logprobs"] is None else batch["old_logprobs"]
+        old = {t: float(old[t]) for t in tokens}
+        sampler = {t: pi[t] - mu[t] for t in tokens}
+        mismatch = {t: old[t] - mu[t] for t in tokens}
+        staleness = {t: pi[t] - old[t] for t in tokens}
+        anchor, moved = (old, staleness) if cfg["clip"]["anchor"] == "old" else (mu, sampler)
+        moved = at_level(moved, cfg["clip"]["level"])
+        for t in tokens:
+            advantage = float(batch["advantages"][t])
+            rejected = is_rejected(
+                *([x[t] for t in tokens] for x in (mismatch, sampler, staleness)),
+                advantage,
+                cfg["rejection"],
+            )
+            correction, ratio = importance(
+                {"sampler": sampler, "mismatch": mismatch, "staleness": staleness}, t, cfg
+            )
+            is_passed = passes(math.exp(moved[t]), pi[t], anchor[t], advantage, cfg["clip"])
+            new = float(logprobs[t])
+            token = -(not rejected) * objective(
+                new, pi[t], correction, ratio, advantage, is_passed, cfg
+            )
+            if cfg["kl"]["coefficient"]:
+                penalty = kl(cfg["kl"]["estimator"], new, float(batch["ref_logprobs"][t]))
+                w = (not rejected) * correction * ratio
+                scale = {"none": 1.0, "importance": w, "unbiased": w * math.exp(new - pi[t])}
+                token += cfg["kl"]["coefficient"] * scale[cfg["kl"]["weight"]] * penalty
+            token -= cfg["entropy_coefficient"] * float(entropy[t])
+            total += float(weights[t]) * token
     return total
+
+
+def importance(ratios: dict[str, dict], t: Token, cfg: dict) -> tuple[float, float]:
+    """(correction, ratio) of one token, whose product is w_t."""
+    kind = cfg["importance"]["ratio"]
+    if kind == "off":
+        return 1.0, 1.0
+    bounded = bound(
+        math.exp(at_level(ratios[kind], cfg["importance"]["level"])[t]), cfg["importance"]
+    )
+    if kind == "mismatch":
+        return bounded, math.exp(at_level(ratios["staleness"], cfg["clip"]["level"])[t])
+    return 1.0, bounded
+
+
+def objective(
+    new: float,
+    pi: float,
+    correction: float,
+    ratio: float,
+    advantage: float,
+    is_passed: bool,
+    cfg: dict,
+) -> float:
+    """What is maximised of a token, as a function of its log-probability `new` alone."""
+    if cfg["form"] == "score":
+        return is_passed * correction * ratio * advantage * new
+    ratio *= math.exp(new - pi)
+    if cfg["clip"]["kind"] != "ratio":
+        return is_passed * correction * ratio * advantage
+    # PPO as its paper writes it: no mask, but the smaller of two values.
+    low, high, dual = (cfg["clip"][name] for name in ("low", "high", "dual"))
+    value = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    if advantage < 0 and dual < math.inf:
+        value = max(value, dual * advantage)
+    return correction * value
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -72,11 +72,15 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
     return (z * sigmoid(z) * (x @ up)) @ down
 
 
-def route(logits: Array, k: int, replayed: Array | None, normalize: bool) -> tuple[Array, Array]:
+def route(
+    logits: Array, k: int, replayed: Array | None, normalize: bool, gates: Array | None = None
+) -> tuple[Array, Array]:
     """Expert ids and gate values of one token; replayed ids of -1 are the router's to choose."""
     experts = np.argsort(-logits, kind="stable")[:k]
     if replayed is not None and replayed[0] != -1:
         experts = replayed
+        if gates is not None:
+            return experts, gates
     weights = softmax(logits)[experts]
     return experts, weights / weights.sum() if normalize else weights
 
@@ -135,9 +139,13 @@ def layers(params: Any, config: ModelConfig) -> list[tuple[bool, Any]]:
 
 
 def forward(
-    params: Any, config: ModelConfig, tokens: Array, routes: Array | None
+    params: Any,
+    config: ModelConfig,
+    tokens: Array,
+    routes: Array | None,
+    gates: Array | None = None,
 ) -> tuple[Array, Array, Array, Array]:
-    """One sequence: tokens[S], routes[S, L, K] or None.
+    """One sequence: tokens[S], routes[S, L, K] or None, their gate values to replay or None.
 
     Returns hidden [S, D], router logits [L, S, E], experts and weights [L, S, K].
     """
@@ -153,10 +161,13 @@ def forward(
             hidden = hidden + swiglu(normed, mlp["gate"], mlp["up"], mlp["down"])
             continue
         logits = normed @ mlp["router"]
-        replayed = [None] * len(tokens) if routes is None else routes[:, len(all_logits)]
+        replayed, frozen = (
+            [None] * len(tokens) if given is None else given[:, len(all_logits)]
+            for given in (routes, gates)
+        )
         chosen = [
-            route(row, moe.experts_per_token, ids, moe.normalize_weights)
-            for row, ids in zip(logits, replayed, strict=True)
+            route(row, moe.experts_per_token, ids, moe.normalize_weights, values)
+            for row, ids, values in zip(logits, replayed, frozen, strict=True)
         ]
         experts, weights = (np.array(part) for part in zip(*chosen, strict=True))
         hidden = hidden + dispatch(normed, experts, weights, mlp)

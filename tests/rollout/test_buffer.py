@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.rollout.buffer import BufferConfig, GroupAssembler, RolloutBuffer, group_version
 from jaxrl_llm.rollout.engine import EngineFailure
-from jaxrl_llm.types import NOT_SAMPLED, Group, Prompt, Rollout
+from jaxrl_llm.types import NOT_SAMPLED, Group, Prompt, Rollout, bind_routes
 from tests.rollout.engines import assert_same
 
 
@@ -17,19 +17,20 @@ def prompt(name: str) -> Prompt:
 
 def rollout(name: str, index: int, versions: tuple[int, ...] = (0, 0)) -> Rollout:
     sampled = len(versions)
-    return Rollout(
+    made = Rollout(
         prompt_id=name,
         sample_index=index,
         tokens=np.arange(2 + sampled, dtype=np.int32),
         loss_mask=np.array([False] + [True] * sampled),
         sampler_logprobs=np.linspace(-1e-7, -9.3, 1 + sampled).astype(np.float32),
-        routes=np.full((1 + sampled, 2, 2), index, np.int16),
+        routes=None,
         weight_version=np.array([NOT_SAMPLED, *versions], np.int32),
         text="x",
         finish="stop",
         reward=0.1 + index,
         verdict="correct",
     )
+    return bind_routes(made, np.full((1 + sampled, 2, 2), index, np.int16))
 
 
 def failure(name: str, index: int) -> EngineFailure:

@@ -16,7 +16,7 @@ from jaxrl_llm.rollout import local
 from jaxrl_llm.rollout.decode import Decoded
 from jaxrl_llm.rollout.engine import EngineFailure
 from jaxrl_llm.rollout.local import LocalEngine, LocalEngineConfig
-from jaxrl_llm.types import NOT_SAMPLED, Rollout, SamplingParams
+from jaxrl_llm.types import NOT_SAMPLED, Rollout, RouteError, SamplingParams, check_digest
 from tests.rollout.engines import (
     CONFIG,
     MODEL,
@@ -91,6 +91,7 @@ def test_every_request_comes_back_once_and_well_formed() -> None:
         )
         assert rollout.routes is not None
         assert np.all((rollout.routes >= 0) & (rollout.routes < MODEL.moe.num_experts))
+        check_digest(rollout)
         stops = [token in sampling.stop_token_ids for token in response]
         assert not any(stops[:-1])
         assert rollout.finish == ("stop" if stops[-1] else "length")
@@ -223,6 +224,20 @@ def test_weights_that_are_not_finite_fail_their_requests_and_spoil_no_later_ones
     made.publish(params(), 7)
     for name, rollout in by_prompt(made.generate(mixed_requests())).items():
         assert_same(rollout, mixed_rollouts()[name])
+
+
+def test_routes_pass_the_checks_of_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routes that decode never wrote are refused on arrival."""
+    decode = local.decode
+
+    def forgetful(*args: object, **settings: object) -> object:
+        cache, decoded = decode(*args, **settings)
+        return cache, dataclasses.replace(decoded, routes=jnp.zeros_like(decoded.routes))
+
+    monkeypatch.setattr(local, "decode", forgetful)
+    with pytest.raises(RouteError, match=r"rollout 'p1' sample 1: layer 1 has expert 0") as error:
+        list(engine().generate([request(1, SamplingParams(6), prompt_length=1)]))
+    assert error.value.cause == "zero_layer"
 
 
 def test_an_abandoned_iterator_leaves_the_engine_usable() -> None:

@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import operator
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl_llm.arrays import Max, Mean, Metrics, Min, TrainBatch
+from jaxrl_llm.arrays import Metrics, TrainBatch
 from jaxrl_llm.assembly import Job, Progress, assemble, resume, save, start_rl
+from jaxrl_llm.collect import Timings, fill_buffer, timed
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.collate import collate, collate_demonstrations, rows_needed
 from jaxrl_llm.data.demonstrations import make_demonstrations
@@ -37,17 +35,12 @@ from jaxrl_llm.learner.state import TrainState
 from jaxrl_llm.learner.step import prepare
 from jaxrl_llm.learner.watch import EarlyStop
 from jaxrl_llm.losses.advantages import response_advantages
+from jaxrl_llm.losses.diagnostics import pool
+from jaxrl_llm.metrics import METRICS
 from jaxrl_llm.recovery import respond
-from jaxrl_llm.rollout.buffer import GroupAssembler
-from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.statistics import group_metrics
-from jaxrl_llm.runlog import METRICS, StepRecord
+from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group, Rollout
-
-Timings = dict[str, float]
-
-MAX_REFILLS = 4
-"""Attempts to fill a rollout batch whose requests fail, before the run stops with an error."""
 
 
 def run(config: RunConfig) -> Generator[StepRecord]:
@@ -106,9 +99,9 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
     batch = collate_demonstrations(
         demonstrations, rows=job.rows(config.batch), length=job.row_length, pack=False
     )
-    with _timed(timings, "seconds/update"):
+    with timed(timings, "seconds/update"):
         state, metrics = job.steps.sft(progress.state, job.to_devices(batch))
-        values = _values([metrics])
+        values = pool([metrics])
     timings["rate/learner_tokens_per_second"] = _tokens([batch]) / timings["seconds/update"]
     timings["seconds/step"] = time.perf_counter() - start
     after = dataclasses.replace(
@@ -121,21 +114,21 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     """One rollout batch and the updates made from it."""
     timings: Timings = {}
     start = time.perf_counter()
-    progress, counts, events = _fill_buffer(job, progress, timings)
+    progress, counts, events = fill_buffer(job, progress, timings)
     version = job.version(progress)
     groups = progress.buffer.take(job.config.rollout.groups, version)
     batches = _mini_batches(job, groups, version)
 
-    with _timed(timings, "seconds/score"):
+    with timed(timings, "seconds/score"):
         device_batches, scores = _score(job, progress, batches)
     state, updates = _update(job, progress, batches[-1], device_batches, timings)
-    values = _values(scores) | updates | group_metrics(groups, version) | counts
+    values = pool(scores) | updates | group_metrics(groups, version) | counts
     after = dataclasses.replace(progress, step=progress.step + 1, state=state)
     after, watched, heard = respond(job, after, values)
     values |= watched
     if after.state is state:  # not rolled back
         _check_finite(after.step, values)
-    with _timed(timings, "seconds/publish"):
+    with timed(timings, "seconds/publish"):
         job.publish(after)
 
     learning = timings["seconds/score"] + timings["seconds/update"]
@@ -143,100 +136,6 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     timings["seconds/step"] = time.perf_counter() - start
     events += _warnings(job, values) + heard
     return StepRecord("rl", after.step, values, timings, events, tuple(groups)), after
-
-
-def _fill_buffer(
-    job: Job, progress: Progress, timings: Timings
-) -> tuple[Progress, dict[str, float], tuple[str, ...]]:
-    """Sample and verify until the buffer holds this step's groups and those sampled ahead.
-
-    Returns the progress after it, what was lost as metrics, and why as events.
-    """
-    rollout, buffer = job.config.rollout, progress.buffer
-    ahead = min(rollout.buffer.max_staleness, job.last_step - progress.step - 1)
-    wanted = rollout.groups * (1 + ahead)
-    timings |= {"seconds/rollout": 0.0, "seconds/reward": 0.0}
-    stale_before = buffer.dropped_stale
-    buffer.drop_stale(job.version(progress))
-    assembler, tokens, events = GroupAssembler(), 0, []
-    for _ in range(MAX_REFILLS):
-        missing = wanted - len(buffer)
-        if missing <= 0:
-            break
-        requests = _requests(job, progress.cursor, missing, assembler)
-        progress = dataclasses.replace(progress, cursor=progress.cursor + missing)
-        with _timed(timings, "seconds/rollout"):
-            outcomes = [assembler.add(outcome) for outcome in job.engine.generate(requests)]
-        groups = _in_order([group for group in outcomes if group is not None], requests)
-        tokens += sum(r.response_length for group in groups for r in group.rollouts)
-        with _timed(timings, "seconds/reward"):
-            verified, raised = _verified(job, groups)
-        events += raised
-        for group in verified:
-            buffer.put(group)
-    failures = [
-        f"the engine failed {count} requests ({cause}), the first: {assembler.messages[cause]}"
-        for cause, count in assembler.failures.items()
-    ]
-    if len(buffer) < rollout.groups:
-        raise ValueError(
-            f"step {progress.step + 1} has {len(buffer)} of {rollout.groups} groups after "
-            f"{MAX_REFILLS} attempts: {'; '.join(failures)}"
-        )
-    timings["rate/rollout_tokens_per_second"] = tokens / max(timings["seconds/rollout"], 1e-9)
-    stale = buffer.dropped_stale - stale_before
-    lost = {
-        "rollout/failures": float(assembler.failures.total()),
-        "rollout/dropped_groups": float(assembler.dropped_groups + stale),
-    }
-    return progress, lost, (*events, *failures)
-
-
-def _in_order(groups: Sequence[Group], requests: Sequence[Request]) -> list[Group]:
-    """The groups in the order in which they were asked for.
-
-    In the order of completion the short responses would fill the first mini-batch and the long ones
-    the last, where the policy has moved most: length would correlate with staleness.
-    """
-    places = {request.prompt.prompt_id: place for place, request in enumerate(requests)}
-    return sorted(groups, key=lambda group: places[group.prompt.prompt_id])
-
-
-def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> list[Request]:
-    """The requests of the next `count` prompts; the assembler then awaits their outcomes."""
-    samples = job.config.rollout.samples
-    requests = []
-    for offset, index in enumerate(prompt_indices(len(job.train), cursor, count, job.config.seed)):
-        prompt = job.train[int(index)]
-        assembler.expect(prompt, samples)
-        for sample in range(samples):
-            seed = job.seed("rollout", cursor + offset, sample)
-            requests.append(Request(prompt, sample, seed, job.sampling))
-    return requests
-
-
-def _verified(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """The groups with rewards and verdicts, and an event if the verifier raised."""
-    texts = [(r.text, group.prompt.answer) for group in groups for r in group.rollouts]
-    scored = job.verifier.score(texts)
-    raised = [verdict.message for verdict in scored if verdict.cause == "error"]
-    events = (
-        [f"the verifier raised on {len(raised)} responses (reward 0), first {raised[0]}"]
-        if raised
-        else []
-    )
-    verdicts = iter(scored)
-    verified = [
-        Group(
-            group.prompt,
-            tuple(
-                dataclasses.replace(rollout, reward=verdict.reward, verdict=verdict.cause)
-                for rollout, verdict in zip(group.rollouts, verdicts, strict=False)
-            ),
-        )
-        for group in groups
-    ]
-    return verified, events
 
 
 def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[TrainBatch]:
@@ -320,20 +219,20 @@ def _update(
     every, attribution = job.config.learner.watch.attribution_every, job.steps.attribution
     due = every > 0 and (job.version(progress) + 1) % every == 0
     if due:
-        with _timed(timings, "seconds/attribution"):
+        with timed(timings, "seconds/attribution"):
             old_passes = attribution.before(state.params, job.to_devices(last_collated))
             jax.block_until_ready(old_passes)
-    with _timed(timings, "seconds/update"):
+    with timed(timings, "seconds/update"):
         for batch in batches[:-1]:
             state, seen = train(state, batch)
             metrics.append(seen)
         jax.block_until_ready(state)
     if due:
-        with _timed(timings, "seconds/attribution"):
+        with timed(timings, "seconds/attribution"):
             metrics.append(jax.block_until_ready(attribution.after(state.params, old_passes)))
-    with _timed(timings, "seconds/update"):
+    with timed(timings, "seconds/update"):
         state, seen = train(state, batches[-1])
-        return state, _values([*metrics, seen])
+        return state, pool([*metrics, seen])
 
 
 def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
@@ -343,7 +242,7 @@ def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
     if not due:
         return []
     timings: Timings = {}
-    with _timed(timings, "seconds/evaluate"):
+    with timed(timings, "seconds/evaluate"):
         result = evaluate(
             job.engine,
             job.heldout,
@@ -398,38 +297,6 @@ def _check_finite(step: int, values: Mapping[str, float]) -> None:
         )
 
 
-def _values(metrics: Sequence[Metrics]) -> dict[str, float]:
-    """Metrics of several mini-batches, pooled into numbers.
-
-    One that had nothing to look at is left out: 0 would be a claim.
-    """
-    host = jax.device_get(list(metrics))
-    names = dict.fromkeys(name for part in host for name in part)
-    pooled = {name: _pooled([part[name] for part in host if name in part]) for name in names}
-    return {name: value for name, value in pooled.items() if value is not None}
-
-
-def _pooled(parts: Sequence[Mean | Max | Min]) -> float | None:
-    """One number from those of mini-batches; None if there was nothing to look at."""
-    pooled: Any = functools.reduce(operator.add, parts)
-    match pooled:
-        case Mean(total, weight):
-            return float(total) / float(weight) if weight else None
-        case Max(largest):
-            return None if largest == -np.inf else float(largest)
-        case Min(smallest):
-            return None if smallest == np.inf else float(smallest)
-    raise TypeError(f"a metric is {type(pooled).__name__}; it must be Mean, Max or Min")
-
-
 def _tokens(batches: Sequence[TrainBatch]) -> int:
     """Tokens consumed in the batches, padding left out."""
     return sum(int(np.count_nonzero(batch.segment_ids)) for batch in batches)
-
-
-@contextlib.contextmanager
-def _timed(timings: Timings, name: str) -> Iterator[None]:
-    """Adds the seconds its block took."""
-    start = time.perf_counter()
-    yield
-    timings[name] = timings.get(name, 0.0) + time.perf_counter() - start

@@ -31,7 +31,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from jaxrl_llm.losses.advantages import group_advantages
-from jaxrl_llm.runlog import RunReader, describe
+from jaxrl_llm.metrics import describe
+from jaxrl_llm.runlog import RunReader
 
 
 def newest_run() -> Path:
@@ -101,7 +102,7 @@ panels = {
     "clipped [fraction]": ("clip/high_fraction", "clip/low_fraction"),
     "entropy [nats]": ("policy/entropy",),
     "routes": ("routing/agreement", "routing/replay_coverage"),
-    "gradient norm": ("learner/grad_norm",),
+    "effective sample size": ("is_weight/raw_ess_token", "is_weight/raw_ess_sequence"),
 }
 figure, grid = plt.subplots(2, 3, figsize=(13, 5.5), layout="constrained")
 for axes, (title, names) in zip(grid.flat, panels.items(), strict=True):
@@ -112,6 +113,13 @@ for axes, (title, names) in zip(grid.flat, panels.items(), strict=True):
     if axes.get_lines():
         axes.legend(fontsize=7)
 plt.show()
+
+# log w is the sum of four terms, measured every few steps: which one broke a run?
+for term in ("mismatch_numerics", "mismatch_routing", "staleness_weights", "staleness_routing"):
+    values = rl.get(f"attribution/abs_{term}", np.array([]))
+    known = values[np.isfinite(values)]
+    if known.size:
+        print(f"{term:<18} mean |term| {known.mean():.2e} nats, {known.size} steps")
 
 for message, count in Counter(event["message"] for event in reader.events()).most_common():
     print(f"{count:>5} times: {message}")

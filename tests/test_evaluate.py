@@ -22,8 +22,8 @@ from jaxrl_llm.evaluate import (
     pass_at_k,
     request_seed,
 )
+from jaxrl_llm.metrics import describe
 from jaxrl_llm.rollout.engine import EngineFailure, Params, Request
-from jaxrl_llm.runlog import describe
 from jaxrl_llm.types import Prompt, Rollout, SamplingParams
 from tests.synthetic_run import encode, make_rollout
 

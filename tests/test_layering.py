@@ -12,6 +12,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "arrays": {"types"},  # for the constants of routes alone
     "sharding": set(),
+    "metrics": set(),
     "runlog": {"types"},
     "losses": {"arrays"},
     "model": {"arrays", "sharding"},
@@ -34,6 +35,7 @@ LEVEL_4 = {
     "assembly",
     "recovery",
     "loop",
+    "collect",
     "evaluate",
     "report",
     "display",
@@ -45,6 +47,7 @@ KNOWS_THE_MODEL = {"rollout.routes"}  # its shape alone: it must not reach jax
 LOCAL_ENGINE = {"rollout.local", "rollout.decode", "rollout.precision", "rollout.sampling"}
 NO_JAX = {
     "types",
+    "metrics",
     "runlog",
     "data.prompts",
     "data.rewards",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import assembly, loop
-from jaxrl_llm.arrays import Mean
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.prompts import DataConfig, load_prompts, prompt_indices
 from jaxrl_llm.data.tokenizer import make_tokenizer
@@ -20,11 +19,12 @@ from jaxrl_llm.learner.checkpoint import CheckpointError
 from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.kl import KLConfig
 from jaxrl_llm.losses.weights import ImportanceConfig
+from jaxrl_llm.metrics import describe
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
 from jaxrl_llm.rollout.engine import EngineFailure, Params, Request
 from jaxrl_llm.rollout.local import LocalEngine
-from jaxrl_llm.runlog import StepRecord, describe
+from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.types import Rollout, RouteError, without_routes
 from tests.tiny import COLD_STEPS, RL_STEPS, tiny_config, vary
@@ -256,6 +256,7 @@ def test_sizes_that_cannot_work_are_refused_before_any_work(
 LEARNERS = {
     "on-policy, no scoring pass": ("learner", {"mini_batches": 1, "old_logprobs": "none"}),
     "r2": ("learner", {"replay": "r2"}),
+    "r3 with gate values": ("learner", {"replay_gates": True}),
     "no replay": ("learner", {"replay": "none"}),
     "k2 penalty": ("loss", {"kl": KLConfig(coefficient=0.1)}),
     "capped mismatch": (
@@ -403,9 +404,36 @@ def test_a_replay_that_did_not_fire_is_said() -> None:
     assert loop._warnings(job, values | fired) == ()
 
 
-def test_metrics_that_some_mini_batches_lack_are_pooled_over_the_others() -> None:
-    def mean(total: float, weight: float) -> Mean:
-        return Mean(np.float32(total), np.float32(weight))
+def test_an_update_that_is_not_finite_reaches_no_engine_and_no_checkpoint(
+    finished, tmp_path, monkeypatch
+) -> None:
+    """The record that precedes it stands; the same command goes on from the checkpoint."""
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
+    real = assembly.Job.train_step
 
-    parts = [{"a": mean(1, 2)}, {"a": mean(3, 2), "b": mean(1, 4)}]
-    assert loop._values(parts) == {"a": 1.0, "b": 0.25}
+    def breaking(job, progress):
+        step = real(job, progress)
+        if job.version(progress) < 1:
+            return step
+
+        def broken(state, batch):
+            nan = dataclasses.replace(batch, advantages=batch.advantages * np.nan)
+            return step(state, nan)
+
+        return broken
+
+    monkeypatch.setattr(assembly.Job, "train_step", breaking)
+    published = []
+    publish = LocalEngine.publish
+    monkeypatch.setattr(
+        LocalEngine, "publish", lambda e, p, v: (published.append(v), publish(e, p, v))[1]
+    )
+    message = rf"update of step {COLD_STEPS + 2} is not finite .*grad_norm = nan.*last checkpoint"
+    with pytest.raises(ValueError, match=message):
+        run(config)
+    assert published == [0, 1]
+    assert [line["step"] for line in logged(config.directory) if line["phase"] == "rl"] == [
+        COLD_STEPS + 1
+    ]
+    monkeypatch.undo()
+    assert run(config)[-1].step == COLD_STEPS + RL_STEPS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -71,3 +72,13 @@ def test_it_runs_on_a_run_directory(
         assert "3 times: replay r3 covered 0.93" in text
         assert "+0.50  correct" in text
         assert len(figures) == 3
+    if name == "02_first_order":
+        assert "341 responses" in text
+        found = re.search(r"order of the error: objective (\S+), gradient (\S+)", text)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(2, abs=0.1)
+        assert float(found[2]) == pytest.approx(1, abs=0.1)
+        assert text.count("with_numerics") == 2
+        assert len(figures) == 1
+        drawn = [o for o in outputs if o.output_type == "execute_result" and "image/png" in o.data]
+        assert len(drawn) == 1

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jaxrl_llm.runlog import METRICS, RunLogConfig, RunReader, RunWriter, StepRecord, describe
+from jaxrl_llm.metrics import METRICS, describe
+from jaxrl_llm.runlog import RunLogConfig, RunReader, RunWriter, StepRecord
 from tests.synthetic_run import evaluation_record, make_group, rl_record
 
 QUIET = RunLogConfig(tensorboard=False, groups_per_step=0, rollout_routes=True)

@@ -17,7 +17,7 @@ What it is not: the maths of the loss (losses/) or the loop over mini-batches (l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -31,13 +31,14 @@ from jaxrl_llm.arrays import (
     OLD_ROUTES,
     Array,
     LossOutput,
-    Mean,
     Metrics,
     ReplayedRoutes,
     RouteFallback,
     RouterOutput,
     TrainBatch,
 )
+from jaxrl_llm.learner.routing import Replay as Replay
+from jaxrl_llm.learner.routing import replayed_routes, routing_metrics
 from jaxrl_llm.learner.state import (
     Optimizer,
     OptimizerConfig,
@@ -48,12 +49,7 @@ from jaxrl_llm.learner.state import (
 )
 from jaxrl_llm.learner.update import accumulate_gradients, apply_gradients, join_rows, split_rows
 from jaxrl_llm.learner.watch import WatchConfig
-from jaxrl_llm.losses.diagnostics import (
-    agreement_metrics,
-    masked_mean,
-    provenance_metrics,
-    replay_coverage,
-)
+from jaxrl_llm.losses.diagnostics import agreement_metrics, masked_mean
 from jaxrl_llm.losses.kl import k1, k3
 from jaxrl_llm.losses.policy import LossConfig, policy_loss, token_terms
 from jaxrl_llm.losses.router import expert_load, router_loss
@@ -64,7 +60,6 @@ from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.sharding import MeshConfig, batch_sharding
 
-Replay = Literal["none", "r2", "r3"]
 Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
 TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
 
@@ -169,11 +164,11 @@ def make_score_step(
     routing/agreement and routing/overlap_layer_* if the batch has the sampler's routes.
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
-    scored_with: Replay = "r3" if learner.replay == "r3" else "none"
-    scoring = dataclasses.replace(learner, replay=scored_with, replay_gates=False)
+    replay: Replay = "r3" if learner.replay == "r3" else "none"
 
     def part(params: Params, batch: TrainBatch) -> ScoreOutput:
-        logprobs, entropy, router = policy(params, batch, _replayed(batch, scoring))
+        replayed = replayed_routes(batch, replay, learner.route_fallback, gates=False)
+        logprobs, entropy, router = policy(params, batch, replayed)
         mask, sampler = batch.loss_mask, batch.sampler_logprobs
         metrics = {
             "policy/kl_sampler_old": masked_mean(k1(sampler, logprobs, mask), mask),
@@ -283,16 +278,20 @@ def make_gradient(
     """
     policy = make_policy(model, learner.compute, mesh, temperature=temperature)
     shardings = shardings_of(abstract_params(model, mesh))
-    layers = model.moe_layer_indices
+    layers, replay = model.moe_layer_indices, learner.replay
+    fallback, gates = learner.route_fallback, learner.replay_gates
+
+    def run(params: Params, batch: TrainBatch) -> tuple[Policy, ReplayedRoutes | None]:
+        replayed = replayed_routes(batch, replay, fallback, gates=gates)
+        return policy(params, batch, replayed), replayed
 
     def load(params: Params, part: _Part) -> Array:
-        experts = policy(params, part.batch, _replayed(part.batch, learner)).router.experts
+        experts = run(params, part.batch)[0].router.experts
         return expert_load(experts, part.router_weights, num_experts=model.moe.num_experts)
 
     def objective(params: Params, part: _Part, *, whole_load: Array | None) -> LossOutput:
         batch, mask = part.batch, part.batch.loss_mask
-        replayed = _replayed(batch, learner)
-        logprobs, entropy, router = policy(params, batch, replayed)
+        (logprobs, entropy, router), replayed = run(params, batch)
         main = policy_loss(logprobs, entropy, batch, part.weights, loss)
         side = router_loss(
             router,
@@ -301,8 +300,8 @@ def make_gradient(
             balance_coefficient=loss.router_balance_coefficient,
             load=whole_load,
         )
-        metrics = main.metrics | side.metrics | _routing_metrics(router, batch, replayed, layers)
-        metrics |= provenance_metrics(_provenance(batch, learner), mask)
+        metrics = main.metrics | side.metrics
+        metrics |= routing_metrics(router, batch, replayed, replay, layers=layers)
         if learner.old_logprobs == "none" and batch.routes is not None:
             metrics |= agreement_metrics(router.logits, batch.routes, mask, layers=layers, kind="")
         return LossOutput(main.loss + side.loss, metrics, jax.lax.stop_gradient(logprobs))
@@ -339,50 +338,3 @@ def _check(batch: TrainBatch, learner: LearnerConfig) -> None:
             "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "
             "prepare() returns"
         )
-
-
-def _replayed(batch: TrainBatch, learner: LearnerConfig) -> ReplayedRoutes | None:
-    """What a pass over the batch replays."""
-    if learner.replay == "none":
-        return None
-    if batch.routes is None and learner.replay == "r3" and learner.route_fallback == "live":
-        return None
-    if batch.routes is None:
-        raise ValueError(
-            f"learner.replay is {learner.replay} but the batch has no routes: for r3 the inference "
-            "engine must report them, for r2 the batch must come from prepare()"
-        )
-    if not learner.replay_gates:
-        return ReplayedRoutes(batch.routes)
-    if batch.gates is None:
-        raise ValueError(
-            "learner.replay_gates is set but the batch has no gates; give it what prepare() "
-            "returns, from a score step with the same settings"
-        )
-    return ReplayedRoutes(batch.routes, batch.gates)
-
-
-def _provenance(batch: TrainBatch, learner: LearnerConfig) -> Array:
-    """int8[B, S]: that of the batch is of its routes, whether or not they are replayed."""
-    if learner.replay == "none":
-        return jnp.full(batch.inputs.shape, NOT_REPLAYED, jnp.int8)
-    if batch.provenance is None:
-        raise ValueError(
-            f"learner.replay is {learner.replay} but the batch has no provenance; collate() and "
-            "prepare() write it"
-        )
-    return batch.provenance
-
-
-def _routing_metrics(
-    router: RouterOutput, batch: TrainBatch, replayed: ReplayedRoutes | None, layers: Sequence[int]
-) -> dict[str, Mean]:
-    """Whether the pass used what it was given, and what its routers would have chosen.
-
-    routing/replay_coverage; under a replay also routing/live_agreement and live_overlap_layer_*.
-    """
-    mask, routes = batch.loss_mask, None if replayed is None else replayed.experts
-    metrics = {"routing/replay_coverage": replay_coverage(router.experts, routes, mask)}
-    if routes is not None:
-        metrics |= agreement_metrics(router.logits, routes, mask, layers=layers, kind="live_")
-    return metrics

@@ -99,7 +99,7 @@ class Rule:
     """`metric` (or the sum of several) above or below `threshold` times its reference."""
 
     name: str  # its field of ThresholdConfig
-    metrics: tuple[str, ...]  # names of runlog.METRICS
+    metrics: tuple[str, ...]  # names of metrics.METRICS
     side: Literal["above", "below"]
     reference: Literal["fixed", "baseline", "median", "best"]
     threshold: float
@@ -259,7 +259,7 @@ def observe(
 
     Args:
       state: after the RL step before this one; WatchState() at the first.
-      metrics: of the step, names of runlog.METRICS.
+      metrics: of the step, names of metrics.METRICS.
       step: of the run; RL steps follow each other without gaps.
       config: the same at every step.
     """

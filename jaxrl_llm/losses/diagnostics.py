@@ -6,7 +6,10 @@ Nothing here is differentiated.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,10 @@ from jaxrl_llm.arrays import (
     ROUTES_MISSING,
     ROUTES_UNREPORTED,
     Array,
+    Max,
     Mean,
+    Metrics,
+    Min,
 )
 
 
@@ -25,6 +31,30 @@ def masked_mean(values: Array, mask: Array) -> Mean:
     """Mean of `values` ([B, S], any real dtype or bool) over the mask (bool[B, S])."""
     total = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(values), 0).astype(jnp.float32))
     return Mean(total, jnp.sum(mask.astype(jnp.float32)))
+
+
+def pool(metrics: Sequence[Metrics]) -> dict[str, float]:
+    """The metrics of several mini-batches as numbers: Means by their weights, extremes by theirs.
+
+    A name need not be in all of them. One that had nothing to look at is left out: 0 would be a
+    claim.
+    """
+    host = jax.device_get(list(metrics))
+    names = dict.fromkeys(name for part in host for name in part)
+    pooled = {name: _pooled([part[name] for part in host if name in part]) for name in names}
+    return {name: value for name, value in pooled.items() if value is not None}
+
+
+def _pooled(parts: Sequence[Mean | Max | Min]) -> float | None:
+    pooled: Any = functools.reduce(operator.add, parts)
+    match pooled:
+        case Mean(total, weight):
+            return float(total) / float(weight) if weight else None
+        case Max(largest):
+            return None if largest == -jnp.inf else float(largest)
+        case Min(smallest):
+            return None if smallest == jnp.inf else float(smallest)
+    raise TypeError(f"a metric is {type(pooled).__name__}; it must be Mean, Max or Min")
 
 
 def route_agreement(logits: Array, routes: Array, mask: Array) -> Mean:

@@ -64,7 +64,7 @@ def importance_statistics(logprobs: Array, batch: TrainBatch, weight: Array) -> 
       weight: the importance weight as used, f32[B, S], at least 0.
 
     Returns:
-      Name -> Mean, Max or Min, each f32[]; every name is in runlog.METRICS. An empty one (a Mean
+      Name -> Mean, Max or Min, each f32[]; every name is in metrics.METRICS. An empty one (a Mean
       of weight 0, an infinite Max or Min) had nothing to look at.
     """
     logprobs, batch, weight = jax.lax.stop_gradient((logprobs, batch, weight))

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from jaxrl_llm.metrics import describe
 from jaxrl_llm.report.plots import Columns, Plot, known_mean, phase_seconds
-from jaxrl_llm.runlog import PHASES, RunReader, describe
+from jaxrl_llm.runlog import PHASES, RunReader
 from jaxrl_llm.types import Group, Rollout
 
 Decode = Callable[[Sequence[int]], str]

@@ -81,6 +81,30 @@ PANELS = (
         level=1.0,
     ),
     Panel(
+        "effective_sample",
+        "Effective sample size (share)",
+        "How many tokens, or whole responses, would be worth as much if all weighed the same. The "
+        "weight of a response is a product over its tokens, so it falls first.",
+        (
+            ("is_weight/raw_ess_token", "tokens", BLUE),
+            ("is_weight/raw_ess_sequence", "responses", ORANGE),
+        ),
+        scale="percent",
+    ),
+    Panel(
+        "attribution",
+        "What moves the importance weights (mean |term| of log w, nats)",
+        "log w is the sum of these four, measured every few steps. R3 removes both routing terms, "
+        "R2 the one of staleness; precision and fewer updates per batch lower the others.",
+        (
+            ("attribution/abs_mismatch_numerics", "engine numerics", BLUE),
+            ("attribution/abs_mismatch_routing", "engine routing", GREEN),
+            ("attribution/abs_staleness_weights", "staleness, weights", ORANGE),
+            ("attribution/abs_staleness_routing", "staleness, routing", PURPLE),
+        ),
+        scale="log",
+    ),
+    Panel(
         "clip",
         "Tokens clipped or capped (share)",
         "Masked by the clip on either side, and weights that the cap changed.",
@@ -221,7 +245,11 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
-    """The values, thin, under their moving mean; short runs get the values alone."""
+    """The values, thin, under their moving mean; short runs get the values alone.
+
+    Steps without a value are passed over, so that what is measured every few steps is a line.
+    """
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     window = len(values) // 20
     if window < 2:
         marker = "o" if len(values) < 12 else ""

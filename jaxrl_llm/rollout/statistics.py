@@ -11,7 +11,7 @@ from jaxrl_llm.types import Group, Rollout
 
 
 def group_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """The rollout/* metrics of the groups that a step trains on (runlog.METRICS explains them).
+    """The rollout/* metrics of the groups that a step trains on (metrics.METRICS explains them).
 
     Args:
       groups: at least one, every rollout verified.

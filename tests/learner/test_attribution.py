@@ -10,9 +10,9 @@ from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes, TrainBatch
 from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.state import abstract_params, shardings_of
 from jaxrl_llm.learner.step import LearnerConfig, make_policy
+from jaxrl_llm.metrics import describe
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.runlog import describe
 from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh
 from tests.learner.tiny import (
     LENGTH,

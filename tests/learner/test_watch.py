@@ -16,11 +16,11 @@ from jaxrl_llm.learner.watch import (
     make_rules,
     observe,
 )
-from jaxrl_llm.runlog import describe
+from jaxrl_llm.metrics import describe
 
 RECORDED = Path(__file__).parent.parent / "recorded"
 HEALTHY = {
-    "policy/kl_sampler_old_k3": 1e-3,
+    "policy/kl_sampler_old_k3": 8e-4,
     "policy/entropy": 0.3,
     "is_weight/raw_ess_token": 0.98,
     "is_weight/raw_above_5": 1e-4,
@@ -144,6 +144,10 @@ def test_a_nan_is_heard_at_once_and_enters_no_median() -> None:
     rows = [HEALTHY] * 12 + [HEALTHY | {"policy/entropy": math.nan}] + [HEALTHY] * 12
     ((step, alarm),) = alarms_of(rows, WatchConfig())
     assert (step - FIRST, alarm.rule, alarm.value) == (12, "nonfinite", 1.0)
+    state = WatchState()
+    for number, row in enumerate(rows[:13], start=FIRST):
+        state = observe(state, row, number, WatchConfig()).state
+    json.dumps(state.to_json(), allow_nan=False)
 
 
 def test_an_absent_metric_is_reported_once_and_the_rest_is_watched() -> None:
@@ -185,7 +189,7 @@ def test_an_action_clears_all_but_the_baselines() -> None:
     cleared = state.after_action(FIRST + 12, FIRST + 12)
     assert cleared.acted == ((FIRST + 12, FIRST + 12),)
     assert cleared.since == {}
-    assert cleared.series["kl_rise"].first == (1e-3,)
+    assert cleared.series["kl_rise"].first == (8e-4,)
     assert cleared.series["reward_drop"].best == 0.0
     found = []
     for step in range(FIRST + 13, FIRST + 17):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.losses.attribution import Passes, attribute, log_weight_terms
-from jaxrl_llm.runlog import describe
+from jaxrl_llm.metrics import describe
 from tests.losses.batches import MASK, poison
 
 TERMS = ["staleness_routing", "staleness_weights", "mismatch_routing", "mismatch_numerics"]

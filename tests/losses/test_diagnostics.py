@@ -2,10 +2,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.arrays import NO_ROUTE, PROVENANCE, ROUTES_MISSING
+from jaxrl_llm.arrays import NO_ROUTE, PROVENANCE, ROUTES_MISSING, Max, Mean, Min
 from jaxrl_llm.losses.diagnostics import (
     agreement_metrics,
     masked_mean,
+    pool,
     provenance_metrics,
     replay_coverage,
     route_agreement,
@@ -130,3 +131,27 @@ def test_rows_add(function) -> None:
 def test_a_model_without_moe_layers_has_nothing_to_report(function) -> None:
     none = np.zeros((0, *REAL.shape, SLOTS), np.int32)
     assert function(none, as_routes(none), REAL).value() == 0.0
+
+
+def test_pool_adds_what_there_is_and_leaves_out_what_is_empty() -> None:
+    """A name need not be in every mini-batch, and one that saw nothing is no 0."""
+
+    def mean(total: float, weight: float) -> Mean:
+        return Mean(np.float32(total), np.float32(weight))
+
+    nothing = np.float32(np.inf)
+    parts = [
+        {
+            "a": mean(1, 2),
+            "empty": mean(0, 0),
+            "most": Max(np.float32(3)),
+            "no most": Max(-nothing),
+        },
+        {"a": mean(3, 2), "b": mean(1, 4), "most": Max(np.float32(2)), "no least": Min(nothing)},
+        {"least": Min(np.float32(-1)), "empty": mean(0, 0), "nan": mean(np.nan, 2)},
+        {"least": Min(np.float32(5)), "late": mean(2, 1)},
+        {"late": mean(0, 0)},
+    ]
+    found = pool(parts)
+    assert np.isnan(found.pop("nan"))
+    assert found == {"a": 1.0, "b": 0.25, "most": 3.0, "least": -1.0, "late": 2.0}

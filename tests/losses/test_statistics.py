@@ -19,7 +19,7 @@ from jaxrl_llm.losses.statistics import (
     response_positions,
     used_statistics,
 )
-from jaxrl_llm.runlog import describe
+from jaxrl_llm.metrics import describe
 from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh
 from tests.losses.batches import as_dict, poison, random_batch
 from tests.reference import statistics as reference

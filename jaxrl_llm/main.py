@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train | eval | report`.
+"""The command line: `jaxrl-llm train | eval | report | first-order`.
 
 What it is: argument parsing (tyro, from the frozen config dataclasses) and the handling of signals.
 What it is not: the job, which is loop.run. Everything heavy is imported inside the command that
@@ -17,13 +17,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM, as a shell reports it
+STOPPED_EARLY = 3  # exit status of a run that its early warning ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,20 @@ class Report:
     run: tyro.conf.Positional[Path]  # run directory
 
 
+@dataclasses.dataclass(frozen=True)
+class FirstOrder:
+    """Measure when the token-level gradient is the sequence-level one, on tiny exact policies.
+
+    Draws its cosine against engine precision and against staleness. Every setting is a flag:
+    `jaxrl-llm first-order --help` lists them all.
+    """
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[FirstOrder, tyro.conf.subcommand("first-order")]
 )
 
 
@@ -69,11 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if len(arguments) >= 2 and arguments[0] == "train" and not arguments[1].startswith("-"):
             return train(Path(arguments[1]), arguments[2:], console)
+        if arguments[:1] == ["first-order"]:
+            return first_order(arguments[1:], console)
         command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")
         if isinstance(command, Eval):
             return evaluate(command, console)
         if isinstance(command, Report):
             return report(command.run, console)
+        if isinstance(command, FirstOrder):
+            return first_order([], console)
         return train(command.config, [], console)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -100,17 +115,22 @@ def train(path: Path, overrides: list[str], console: Console) -> int:
     _use_compilation_cache()
     from jaxrl_llm import loop
     from jaxrl_llm.display import Display, summary
+    from jaxrl_llm.learner.watch import EarlyStop
 
     console.print(f"Run directory: {config.directory}")
-    with (
-        _stop_requests(console) as stop,
-        contextlib.closing(loop.run(config)) as records,
-        Display(config, console) as display,
-    ):
-        for record in records:
-            display.show(record)
-            if stop.is_set():
-                break
+    try:
+        with (
+            _stop_requests(console) as stop,
+            contextlib.closing(loop.run(config)) as records,
+            Display(config, console) as display,
+        ):
+            for record in records:
+                display.show(record)
+                if stop.is_set():
+                    break
+    except EarlyStop as reason:
+        console.print(str(reason), markup=False, highlight=False)
+        return STOPPED_EARLY
     if stop.is_set():
         console.print("Stopped with a checkpoint. The same command goes on from here.")
         return INTERRUPTED
@@ -138,6 +158,22 @@ def report(run: Path, console: Console) -> int:
     from jaxrl_llm.report import write_report
 
     console.print(f"Report: {write_report(run)}", soft_wrap=True)
+    return 0
+
+
+def first_order(overrides: list[str], console: Console) -> int:
+    """Run the study of the first-order approximation; see FirstOrder."""
+    from jaxrl_llm.first_order.output import table, write_study
+    from jaxrl_llm.first_order.study import StudyConfig, Sweep, run_study
+
+    config = tyro.cli(StudyConfig, args=overrides, prog="jaxrl-llm first-order")
+    _use_compilation_cache()
+    study = run_study(config, console.print)
+    for sweep in get_args(Sweep):
+        console.print(f"\nSweep of {sweep}: mean ± standard error over {config.seeds} policies")
+        console.print(table(study, sweep), soft_wrap=True, highlight=False)
+    for path in write_study(study, Path(config.output)):
+        console.print(f"Written: {path}", soft_wrap=True)
     return 0
 
 

@@ -85,6 +85,8 @@ def rl_record(step: int, *, progress: float) -> StepRecord:
         "is_weight/raw_mean": 1 + rng.normal(0, 4e-3),
         "is_weight/used_mean": 0.998 + rng.normal(0, 3e-3),
         "is_weight/capped_fraction": 2e-4,
+        "is_weight/raw_ess_token": 0.998 + rng.normal(0, 4e-4),
+        "is_weight/raw_ess_sequence": 0.97 + rng.normal(0, 4e-3),
         "clip/high_fraction": abs(rng.normal(0, 2e-3)),
         "clip/low_fraction": abs(rng.normal(0, 4e-3)),
         "routing/agreement": 0.957 + rng.normal(0, 4e-3),
@@ -94,6 +96,10 @@ def rl_record(step: int, *, progress: float) -> StepRecord:
         "learner/update_norm": 0.03 * math.exp(rng.normal(0, 0.1)),
         "learner/learning_rate": 3e-4,
     }
+    if step % 5 == 0:
+        sizes = {"mismatch_numerics": 5e-3, "mismatch_routing": 1e-3}
+        sizes |= {"staleness_weights": 2e-3, "staleness_routing": 1e-4}
+        metrics |= {f"attribution/abs_{term}": size for term, size in sizes.items()}
     timings = {
         "seconds/rollout": 0.41,
         "seconds/reward": 0.01,

@@ -115,6 +115,8 @@ def collate(
     names = [rollout.name for rollout in rollouts]
     placement = _place_all([r.tokens for r in rollouts], names, rows, length, pack)
     batch = _empty(rows, length)
+    for rollout in rollouts:
+        check_digest(rollout)
     routes = _empty_routes(rollouts, names, rows, length)
     for index, rollout in enumerate(rollouts):
         where = _write_tokens(batch, placement, index, rollout.tokens, rollout.loss_mask)
@@ -129,7 +131,6 @@ def collate(
         batch["advantages"][where] = np.where(rollout.loss_mask, advantages[index], 0)
         batch["provenance"][where] = _provenance(rollout, route_fallback)
         if routes is not None and rollout.routes is not None:
-            check_digest(rollout)
             routes[where] = rollout.routes
     batch["routes"] = routes
     return TrainBatch(**batch)

@@ -40,10 +40,10 @@ class ThresholdConfig:
     # Effective share of the tokens' pi / mu below this; verl asks for 0.3 of its weights.
     effective_share: float = 0.3
     tail_share: float = 0.01  # share of tokens with pi / mu above 5, the paper's cap
-    # Entropy below this share of its running median, or above so many times it. Learning lowers
-    # entropy too, but by a few per cent a step.
+    # Entropy below this share of its running median. Learning lowers entropy too, but by a few per
+    # cent a step.
     entropy_drop: float = 0.4
-    entropy_rise: float = 2.0
+    entropy_rise: float = 2.0  # entropy above so many times its running median
     gradient_rise: float = 5.0  # gradient norm over its running median; lone spikes are common
     reward_drop: float = 0.5  # reward below this share of its best running mean
     clipped_share: float = 0.3  # share of tokens masked by the clip; GSPO's 0.15 is healthy
@@ -72,7 +72,7 @@ class WatchConfig:
     baseline_steps: int = 1
     window: int = 10  # RL steps of a running median or mean; rules on one wait until it is full
     max_actions: int = 3  # roll backs or tightenings of a run; the next alarm stops it
-    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)
+    thresholds: ThresholdConfig = field(default_factory=ThresholdConfig)  # where rules hold
     # RL steps between attributions: log w split into routing, numerics and staleness on one
     # micro-batch, at five forward passes; 0: never.
     attribution_every: int = 10

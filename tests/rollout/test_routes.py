@@ -294,7 +294,7 @@ def test_routes_changed_after_their_arrival_are_refused_where_they_are_used(
 ) -> None:
     good, damaged = arrived(1), damage(arrived(3))
     use(good)
-    error = refused(lambda: use(damaged))
+    error = refused(lambda: use(good, damaged))
     assert error.cause == "digest"
     assert f"{damaged.name}: its routes have the digest" in str(error)
     assert arrived(3).route_digest in str(error) or damage is with_the_digest_of_another

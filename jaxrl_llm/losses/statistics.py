@@ -74,12 +74,17 @@ def importance_statistics(logprobs: Array, batch: TrainBatch, weight: Array) -> 
     counted = count(batch.loss_mask, finite, batch.segment_ids)
     tokens = counted.tokens
     ratios = log_ratios(logprobs, old, sampler, tokens)
-    found = _named("is_weight/raw_", ratio_statistics(ratios.sampler, counted))
-    found |= _named("mismatch/ratio_", ratio_statistics(ratios.mismatch, counted))
-    if batch.old_logprobs is not None:
-        found |= _named("staleness/ratio_", ratio_statistics(ratios.staleness, counted))
     used = count(batch.loss_mask, finite & jnp.isfinite(weight), batch.segment_ids)
-    found |= _named("is_weight/used_", used_statistics(weight, used))
+    factors = {"is_weight/raw_": ratios.sampler, "mismatch/ratio_": ratios.mismatch}
+    if batch.old_logprobs is not None:
+        factors["staleness/ratio_"] = ratios.staleness
+    found = _families(
+        {prefix: (ratio(factor), tokens) for prefix, factor in factors.items()}
+        | {"is_weight/used_": (weight, used.tokens)}
+    )
+    for prefix, factor in factors.items():
+        found[f"{prefix}ess_sequence"] = sequence_share(factor, counted)
+    found["is_weight/used_ess_response"] = response_share(weight, used)
     found |= _named("rollout_corr/", off_policy_statistics(old, sampler, counted))
     for suffix, bins in _bins(batch, tokens).items():
         found |= _curve(f"mismatch/kl_{suffix}_", -ratios.mismatch, bins)
@@ -183,35 +188,24 @@ def token_statistics(weights: Array, tokens: Array) -> Statistics:
     return found | {name: _of_one(values[i], some) for i, name in enumerate(QUANTILES)}
 
 
-def ratio_statistics(log_ratio: Array, counted: Counted) -> Statistics:
-    """token_statistics of a ratio of two policies, and ess_sequence.
+def sequence_share(log_ratio: Array, counted: Counted) -> Mean:
+    """The effective share of the responses' ratios, each the product over its tokens.
 
-    A token's ratio saturates at exp(MAX_LOG_RATIO), see ratios.ratio. ess_sequence is the effective
-    share of the responses' ratios, each the product over its tokens; its denominator is the number
-    of counted responses, and it does not saturate.
-
-    Args:
-      log_ratio: f32[B, S], nats, 0 on tokens that do not count.
-      counted: tokens and responses.
+    Its denominator is the number of counted responses, and it does not saturate, as the ratio of a
+    token does (see ratios.ratio). log_ratio is f32[B, S], nats, 0 on tokens that do not count.
     """
     product = segment_totals(log_ratio, counted.segment_ids)
-    sequence = effective_share(product, counted.responses)
-    return token_statistics(ratio(log_ratio), counted.tokens) | {"ess_sequence": sequence}
+    return effective_share(product, counted.responses)
 
 
-def used_statistics(weight: Array, counted: Counted) -> Statistics:
-    """token_statistics of the weight as used, and ess_response.
+def response_share(weight: Array, counted: Counted) -> Mean:
+    """The effective share of the responses' mean weights over their tokens; weight is f32[B, S].
 
-    ess_response is the effective share of the responses' mean weights over their tokens. It is not
-    the product: a sequence-level weight stands on each token, and would be raised to their number.
-
-    Args:
-      weight: f32[B, S].
-      counted: tokens and responses.
+    It is not the product: a sequence-level weight stands on each token, and would be raised to
+    their number.
     """
     mean = _response_means(weight, counted)
-    response = effective_share(jnp.log(mean), counted.responses)
-    return token_statistics(weight, counted.tokens) | {"ess_response": response}
+    return effective_share(jnp.log(mean), counted.responses)
 
 
 def off_policy_statistics(old: Array, sampler: Array, counted: Counted) -> Statistics:
@@ -349,6 +343,17 @@ def _smallest(values: Array, counted: Array) -> Min:
 def _of_one(value: Array, some: Array) -> Mean:
     """A value of one mini-batch: it weighs 1, and nothing if there was `some`thing to look at."""
     return Mean(jnp.where(some, value, 0.0), some.astype(jnp.float32))
+
+
+def _families(weights: dict[str, tuple[Array, Array]]) -> Statistics:
+    """token_statistics of several (weights, tokens) by prefix, compiled once for all of them."""
+    stacked = jax.vmap(token_statistics)(
+        *(jnp.stack(x) for x in zip(*weights.values(), strict=True))
+    )
+    found: Statistics = {}
+    for index, prefix in enumerate(weights):
+        found |= _named(prefix, jax.tree.map(lambda leaf, i=index: leaf[i], stacked))
+    return found
 
 
 def _named(prefix: str, statistics: Statistics) -> Statistics:

@@ -44,16 +44,14 @@ def test_the_responses_are_those_of_the_batches() -> None:
 def test_value_and_gradient_equal_the_reference(name) -> None:
     """Over the seeds every mask is open for some tokens and closed for some, if there is one."""
     learning, clipped = 0.0, 0.0
-    for seed in (3, 11, 12):
+    for seed, advantages in ((3, None), (11, [1.0, -0.5, -1.5]), (12, [0.5, 1.0, 0.0])):
         spread = 5e-4 if name == "gspo" else 0.5  # its band is 3e-4 and 4e-4 wide
         logprobs, entropy, batch = random_batch(seed, spread=spread)
-        for advantages in ([1.0, -0.5, -1.5], [0.5, 1.0, 0.0]):
-            batch = per_response(batch, advantages)
-            metrics = assert_equals_the_reference(PRESETS[name], logprobs, entropy, batch)
-            learning += metrics["tokens that learn"]
-            clipped += metrics["clip/high_fraction"] + metrics["clip/low_fraction"]
-        assert_equals_the_reference(PRESETS[name], *random_batch(seed, spread=spread))
-    assert learning > 12
+        batch = batch if advantages is None else per_response(batch, advantages)
+        metrics = assert_equals_the_reference(PRESETS[name], logprobs, entropy, batch)
+        learning += metrics["tokens that learn"]
+        clipped += metrics["clip/high_fraction"] + metrics["clip/low_fraction"]
+    assert learning > 8
     assert (clipped > 0) == (PRESETS[name].clip.kind != "none")
 
 
@@ -223,7 +221,7 @@ def test_rejections_equal_the_reference(name, judged, base) -> None:
     rejection = dataclasses.replace(LossConfig().rejection, ratio=judged, **REJECTIONS[name])
     cfg = dataclasses.replace(PRESETS[base], rejection=rejection)
     fractions, learning = [], 0.0
-    for seed in range(4):
+    for seed in range(3):
         logprobs, entropy, batch = random_batch(seed)
         batch = per_response(batch, [-1.0, -0.5, 1.5])
         metrics = assert_equals_the_reference(cfg, logprobs, entropy, batch)

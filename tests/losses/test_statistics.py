@@ -17,7 +17,7 @@ from jaxrl_llm.losses.statistics import (
     nonfinite_counts,
     quantiles,
     response_positions,
-    used_statistics,
+    response_share,
 )
 from jaxrl_llm.metrics import describe
 from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh
@@ -289,9 +289,8 @@ def test_a_sequence_level_weight_is_not_raised_to_the_length() -> None:
     """Two responses of weights 1 and 3, on 1 and 3 tokens: (1 + 3)^2 / (2 * (1 + 9))."""
     weight, mask = jnp.array([[1.0, 3.0, 3.0, 3.0]]), jnp.ones((1, 4), bool)
     counted = count(mask, mask, jnp.array([[1, 2, 2, 2]]))
-    found = jax.jit(used_statistics)(weight, counted)
-    assert found["ess_response"].value() == pytest.approx(16 / 20)
-    assert found["ess_token"].value() == pytest.approx(100 / (4 * 28))
+    assert response_share(weight, counted).value() == pytest.approx(16 / 20)
+    assert effective_share(jnp.log(weight), counted.tokens).value() == pytest.approx(100 / (4 * 28))
 
 
 def test_positions_count_the_sampled_tokens_of_the_response() -> None:

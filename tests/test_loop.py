@@ -16,8 +16,10 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.prompts import DataConfig, load_prompts, prompt_indices
 from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointError
+from jaxrl_llm.losses.advantages import AdvantageConfig
 from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.kl import KLConfig
+from jaxrl_llm.losses.rejection import RejectionConfig
 from jaxrl_llm.losses.weights import ImportanceConfig
 from jaxrl_llm.metrics import describe
 from jaxrl_llm.model.config import ComputeConfig
@@ -262,6 +264,19 @@ LEARNERS = {
     "capped mismatch": (
         "loss",
         {"importance": ImportanceConfig(ratio="mismatch"), "clip": ClipConfig(anchor="sampler")},
+    ),
+    # Its infinite bound goes through config.json; its advantages and averaging are not the default.
+    "sequence ratios over a constant, rejecting": (
+        "loss",
+        {
+            "advantage": AdvantageConfig(scale="std", overlong="mask"),
+            "form": "ratio",
+            "importance": ImportanceConfig("staleness", level="geometric", high=np.inf),
+            "clip": ClipConfig(level="geometric"),
+            "rejection": RejectionConfig(veto=1e-4, negative_kl=0.5),
+            "averaging": "constant",
+            "averaging_length": 20.0,
+        },
     ),
     "entropy and router losses": (
         "loss",

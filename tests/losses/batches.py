@@ -51,6 +51,18 @@ def random_batch(
     return poison(logprobs, mask), entropy, batch
 
 
+def ragged_layout(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(mask, segment_ids) of 4 packed rows: responses of any length, gaps in the mask, padding."""
+    rng = np.random.default_rng([seed, 1])
+    segments, mask = np.zeros((4, 8), np.int32), np.zeros((4, 8), bool)
+    for row in range(3):
+        ends = np.sort(rng.choice(np.arange(1, 9), size=rng.integers(1, 5), replace=False))
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True), start=1):
+            segments[row, start:end] = number
+            mask[row, start:end] = rng.random(end - start) < 0.7
+    return mask, segments
+
+
 def as_dict(batch: TrainBatch) -> dict[str, np.ndarray | None]:
     return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
 

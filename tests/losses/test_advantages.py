@@ -13,7 +13,7 @@ RULES = [(b, s) for b in ("mean", "leave_one_out") for s in ("none", "std")]
 ALL = np.ones((1, 4), bool)
 
 
-@pytest.mark.parametrize(("baseline", "scale"), RULES)
+@pytest.mark.parametrize(("baseline", "scale"), [*RULES, ("none", "none")])
 @settings(max_examples=50, deadline=None)
 @given(
     rewards=arrays(np.float64, (3, 5), elements=st.sampled_from([0.0, 0.1, 0.5, 1.0, -2.0])),

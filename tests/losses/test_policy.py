@@ -311,6 +311,11 @@ def test_the_defaults_are_the_papers() -> None:
     assert cfg.rejection == RejectionConfig()
 
 
+def two_levels() -> LossConfig:
+    """A PPO clip of the token's ratio over a weight of the response's."""
+    return LossConfig(form="ratio", importance=ImportanceConfig("staleness", level="geometric"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -335,6 +340,7 @@ def test_the_defaults_are_the_papers() -> None:
         (lambda: LossConfig(averaging="constant"), "averaging_length is 0.0"),
         (lambda: LossConfig(averaging_length=9.0), "averaging_length is 9.0"),
         (lambda: LossConfig(form="ratio"), "clips the ratio it differentiates"),
+        (two_levels, "give both one level"),
     ],
 )
 def test_impossible_settings_are_refused(make, message) -> None:

@@ -13,7 +13,7 @@ from jaxrl_llm.losses.advantages import response_advantages
 from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.policy import LossConfig, policy_loss
 from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
-from tests.losses.batches import MASK, SEGMENTS, per_response, random_batch
+from tests.losses.batches import MASK, SEGMENTS, per_response, ragged_layout, random_batch
 from tests.losses.compare import assert_equals_the_reference, value_and_gradients
 from tests.reference import losses as reference
 
@@ -44,11 +44,17 @@ def test_the_responses_are_those_of_the_batches() -> None:
 def test_value_and_gradient_equal_the_reference(name) -> None:
     """Over the seeds every mask is open for some tokens and closed for some, if there is one."""
     learning, clipped = 0.0, 0.0
-    for seed, advantages in ((3, None), (11, [1.0, -0.5, -1.5]), (12, [0.5, 1.0, 0.0])):
-        spread = 5e-4 if name == "gspo" else 0.5  # its band is 3e-4 and 4e-4 wide
+    # GSPO's band is 3e-4 and 4e-4 wide; finite differences must not straddle its ends.
+    spread = 1.5e-3 if name == "gspo" else 0.5
+    batches = []
+    for seed in range(3):
+        mask, segments = ragged_layout(seed)
+        batches.append(random_batch(seed, mask=mask, segment_ids=segments, spread=spread))
+    for seed, advantages in ((11, [1.0, -0.5, -1.5]), (12, [0.5, 1.0, 0.0])):
         logprobs, entropy, batch = random_batch(seed, spread=spread)
-        batch = batch if advantages is None else per_response(batch, advantages)
-        metrics = assert_equals_the_reference(PRESETS[name], logprobs, entropy, batch)
+        batches.append((logprobs, entropy, per_response(batch, advantages)))
+    for batch in batches:
+        metrics = assert_equals_the_reference(PRESETS[name], *batch)
         learning += metrics["tokens that learn"]
         clipped += metrics["clip/high_fraction"] + metrics["clip/low_fraction"]
     assert learning > 8
@@ -229,6 +235,17 @@ def test_rejections_equal_the_reference(name, judged, base) -> None:
         learning += metrics["tokens that learn"]
     assert 0 < np.mean(fractions) < 1
     assert learning > 2
+
+
+def test_only_negative_advantages_are_masked_for_having_moved() -> None:
+    """Not 0: its tokens pull at nothing, but would be left out of a weighted KL penalty."""
+    logprobs, entropy, batch = random_batch(1)
+    batch = dataclasses.replace(batch, sampler_logprobs=logprobs + np.float32(1.0))
+    rejection = dataclasses.replace(LossConfig().rejection, negative_kl=0.5)
+    cfg = dataclasses.replace(presets.minirl(), rejection=rejection)
+    batch = per_response(batch, [0.0, -1.0, 1.0])
+    _, _, metrics = value_and_gradients(logprobs, entropy, batch, cfg)
+    assert metrics["rejection/negative"] == pytest.approx(2 / 9)  # the second response's
 
 
 def test_a_rejected_response_leaves_the_others_as_they_were() -> None:

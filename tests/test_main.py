@@ -120,8 +120,8 @@ def test_errors_are_one_line_that_names_the_remedy(
         main(["train", str(path), "--learner.replay", "r2", "--learner.mini-batches", "1"])
     assert "replay r2 changes nothing" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
-        main(["train", str(path), "--loss.clip-hihg", "1"])
-    assert "--loss.clip-high" in capsys.readouterr().err
+        main(["train", str(path), "--loss.clip.hihg", "1"])
+    assert "--loss.clip.high" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy() -> None:

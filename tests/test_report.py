@@ -48,6 +48,7 @@ def test_the_page_embeds_the_very_plots_that_lie_beside_it(run_dir: Path, page: 
     assert all(data.startswith(b"\x89PNG") for data in files)
     names = {path.stem for path in (run_dir / "report").glob("*.png")}
     curves = {"accuracy", "entropy", "kl", "is_weight", "clip", "routing", "grad_norm", "length"}
+    curves |= {"effective_sample", "attribution"}
     assert names == curves | {"groups", "cold_start", "rate", "time"}
 
 
@@ -159,7 +160,7 @@ def test_a_diverged_run_still_has_a_page(tmp_path: Path) -> None:
         metrics = dict.fromkeys(record.metrics, value)
         records.append(dataclasses.replace(record, metrics=metrics))
     page = write(tmp_path, *records)
-    assert page.count("<figure>") == 11
+    assert page.count("<figure>") == 12
     assert page == write_report(tmp_path).read_text(encoding="utf-8")
 
 

@@ -58,7 +58,10 @@ def config_classes(root: type) -> set[type]:
     return {root}.union(*(config_classes(kind) for kind in nested))
 
 
-@pytest.mark.parametrize("kind", config_classes(RunConfig), ids=lambda kind: kind.__name__)
+KINDS = sorted(config_classes(RunConfig), key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_field_has_the_comment_that_help_shows(kind: type) -> None:
     lines = inspect.getsource(kind).splitlines()
     for field in dataclasses.fields(kind):

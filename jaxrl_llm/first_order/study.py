@@ -44,14 +44,7 @@ Sweep = Literal["precision", "staleness"]
 Task = tuple[Enumeration, np.ndarray]
 """All responses, and their rewards f32[B]."""
 
-PRECISIONS: tuple[Precision, ...] = (
-    "float32",
-    "bfloat16",
-    "int8",
-    "fp8_e4m3",
-    "fp8_e5m2",
-    "int4",
-)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """From the finest to the coarsest."""
 
 METHODS: dict[str, tuple[ImportanceConfig, Replay]] = {

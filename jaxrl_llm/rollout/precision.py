@@ -27,6 +27,7 @@ Weights = dict[str, Any]
 """Nested arrays: the learner's parameters, or what pack_weights makes of them."""
 
 Precision = Literal["float32", "bfloat16", "int8", "fp8_e4m3", "fp8_e5m2", "int4"]
+"""From the finest to the coarsest."""
 
 
 @dataclasses.dataclass(frozen=True)

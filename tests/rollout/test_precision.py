@@ -1,6 +1,7 @@
 """Grids against real narrow types, and quantisation against the reference, bit for bit."""
 
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,7 @@ import pytest
 from jaxrl_llm.rollout.precision import GRIDS, Precision, quantize, round_wide
 from tests.reference import precision as reference
 
-PRECISIONS: tuple[Precision, ...] = (
-    "float32",
-    "bfloat16",
-    "int8",
-    "fp8_e4m3",
-    "fp8_e5m2",
-    "int4",
-)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @pytest.mark.parametrize("precision", ["fp8_e4m3", "fp8_e5m2"])

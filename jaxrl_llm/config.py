@@ -151,7 +151,7 @@ def _check(config: RunConfig) -> None:
             f"learner.old_logprobs is 'none' with learner.mini_batches = {learner.mini_batches}: "
             "after the first update pi_old is no longer the current policy, and the loss reads it "
             f"(loss.clip.anchor {loss.clip.anchor!r}, loss.importance.ratio "
-            f"{loss.importance.ratio!r}); set "
+            f"{loss.importance.ratio!r}, loss.rejection.ratio {loss.rejection.ratio!r}); set "
             "learner.old_logprobs to 'score', or anchor both on the sampler"
         )
     _check_watch(config)

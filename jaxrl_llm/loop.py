@@ -37,7 +37,7 @@ from jaxrl_llm.learner.watch import EarlyStop
 from jaxrl_llm.losses.advantages import response_advantages
 from jaxrl_llm.losses.diagnostics import pool
 from jaxrl_llm.metrics import METRICS
-from jaxrl_llm.recovery import respond
+from jaxrl_llm.recovery import check_finite, respond
 from jaxrl_llm.rollout.statistics import group_metrics
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group, Rollout
@@ -102,6 +102,7 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
     with timed(timings, "seconds/update"):
         state, metrics = job.steps.sft(progress.state, job.to_devices(batch))
         values = pool([metrics])
+    check_finite(progress.step + 1, values, "lower cold_start.optimizer.learning_rate")
     timings["rate/learner_tokens_per_second"] = _tokens([batch]) / timings["seconds/update"]
     timings["seconds/step"] = time.perf_counter() - start
     after = dataclasses.replace(
@@ -127,7 +128,10 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     after, watched, heard = respond(job, after, values)
     values |= watched
     if after.state is state:  # not rolled back
-        _check_finite(after.step, values)
+        remedy = "lower learner.optimizer.learning_rate, or set learner.watch.action to roll_back"
+        if job.config.learner.watch.action == "roll_back":
+            remedy = f"{after.stop}; lower learner.optimizer.learning_rate"
+        check_finite(after.step, values, remedy)
     with timed(timings, "seconds/publish"):
         job.publish(after)
 
@@ -281,20 +285,6 @@ def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:
     if dropped := values["rollout/dropped_groups"]:
         warnings.append(f"{dropped:.0f} groups were dropped: {METRICS['rollout/dropped_groups']}")
     return tuple(warnings)
-
-
-def _check_finite(step: int, values: Mapping[str, float]) -> None:
-    """ValueError for an update that broke: its weights must reach no engine and no checkpoint."""
-    counts = {name: n for name, n in values.items() if name.startswith("nonfinite/") and n}
-    norms = {name: values[name] for name in ("learner/loss", "learner/grad_norm")}
-    counts |= {name: value for name, value in norms.items() if not np.isfinite(value)}
-    if counts:
-        found = ", ".join(f"{name} = {value:g}" for name, value in counts.items())
-        raise ValueError(
-            f"the update of step {step} is not finite ({found}); its weights were not published "
-            "and not saved. The same command goes on from the last checkpoint: lower "
-            "learner.optimizer.learning_rate, or set learner.watch.action to roll_back"
-        )
 
 
 def _tokens(batches: Sequence[TrainBatch]) -> int:

@@ -1,7 +1,7 @@
 """What an alarm of the early warning does to a run: nothing more, stop, roll back or tighten.
 
-What it is: the actions of learner.watch on a run's Progress. What it is not: the rules
-(learner/watch.py), or the order of things in a step (loop.py).
+What it is: the actions of learner.watch on a run's Progress, and the end of a run whose update
+broke. What it is not: the rules (learner/watch.py), or the order of things in a step (loop.py).
 
 All of it is a function of the log, the settings and the regular checkpoints, so a run that was
 killed and resumed does the same. Regular are those of every checkpoint.every steps: one that a user
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxrl_llm.assembly import CHECKPOINTS, Job, Progress
 from jaxrl_llm.learner.checkpoint import CheckpointError, restore
@@ -59,14 +60,30 @@ def respond(job: Job, progress: Progress, metrics: Mapping[str, float]) -> Respo
     )
 
 
+def check_finite(step: int, values: Mapping[str, float], remedy: str) -> None:
+    """ValueError for an update that broke: its weights must reach no engine and no checkpoint."""
+    counts = {name: n for name, n in values.items() if name.startswith("nonfinite/") and n}
+    norms = {name: values[name] for name in ("learner/loss", "learner/grad_norm")}
+    counts |= {name: value for name, value in norms.items() if not np.isfinite(value)}
+    if counts:
+        found = ", ".join(f"{name} = {value:g}" for name, value in counts.items())
+        raise ValueError(
+            f"the update of step {step} is not finite ({found}); its weights were not published "
+            "and not saved, the last checkpoint stands. The same command would repeat it: "
+            f"{remedy}, with another --run-dir"
+        )
+
+
 def _act(job: Job, progress: Progress, since: int) -> tuple[Progress, str]:
     """The progress after the configured action, and what was done."""
     config = job.config.learner.watch
     if config.action == "stop":
-        return _stopped(progress, "learner.watch.action is stop")
+        return _stopped(progress, since, "learner.watch.action is stop")
     if len(progress.watch.acted) >= config.max_actions:
         return _stopped(
-            progress, f"learner.watch.max_actions is {config.max_actions}, and all have been taken"
+            progress,
+            since,
+            f"learner.watch.max_actions is {config.max_actions}, and all have been taken",
         )
     if config.action == "roll_back":
         return _rolled_back(job, progress, since)
@@ -83,19 +100,20 @@ def _act(job: Job, progress: Progress, since: int) -> tuple[Progress, str]:
 def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, str]:
     """Weights and optimizer of before `since`; step, prompts and log go on."""
     job.checkpoints.wait()
-    discarded = progress.watch.acted
+    discarded, first_bad = progress.watch.acted, min(since, progress.watch.condemned or since)
     good = [
         step
         for step in job.checkpoints.steps
         if job.checkpoints.due(step)
-        and job.config.cold_start.steps <= step < since
+        and job.config.cold_start.steps <= step < first_bad
         # The checkpoint of the step of a roll back holds the weights it went back to.
         and not any(first <= step < last for first, last in discarded)
     ]
     if not good:
         return _stopped(
             progress,
-            f"there is no checkpoint of RL from before step {since} to roll back to, of "
+            since,
+            f"there is no checkpoint of RL from before step {first_bad} to roll back to, of "
             f"{list(job.checkpoints.steps)}",
         )
     # A second state would not fit beside a model that fills its devices.
@@ -121,10 +139,12 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     )
 
 
-def _stopped(progress: Progress, reason: str) -> tuple[Progress, str]:
+def _stopped(progress: Progress, since: int, reason: str) -> tuple[Progress, str]:
     """The run ends after this step's checkpoint, whose watch begins anew."""
     message = (
         f"the early warning stops the run after step {progress.step}: {reason}. The same command "
         "goes on from its checkpoint in spite of the alarm; other settings need another --run-dir"
     )
-    return dataclasses.replace(progress, watch=progress.watch.cleared(), stop=message), message
+    condemned = progress.watch.condemned or since
+    watch = dataclasses.replace(progress.watch.cleared(), condemned=condemned)
+    return dataclasses.replace(progress, watch=watch, stop=message), message

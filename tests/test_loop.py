@@ -443,7 +443,7 @@ def test_an_update_that_is_not_finite_reaches_no_engine_and_no_checkpoint(
     monkeypatch.setattr(
         LocalEngine, "publish", lambda e, p, v: (published.append(v), publish(e, p, v))[1]
     )
-    message = rf"update of step {COLD_STEPS + 2} is not finite .*grad_norm = nan.*last checkpoint"
+    message = rf"update of step {COLD_STEPS + 2} is not finite .*grad_norm = nan.*roll_back, with"
     with pytest.raises(ValueError, match=message):
         run(config)
     assert published == [0, 1]
@@ -452,3 +452,12 @@ def test_an_update_that_is_not_finite_reaches_no_engine_and_no_checkpoint(
     ]
     monkeypatch.undo()
     assert run(config)[-1].step == COLD_STEPS + RL_STEPS
+
+
+def test_a_cold_start_that_diverges_ends_before_it_is_saved(tmp_path) -> None:
+    config = tiny_config(tmp_path / "run")
+    optimizer = dataclasses.replace(config.cold_start.optimizer, learning_rate=1e30)
+    config = vary(config, "cold_start", optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"is not finite .*lower cold_start\.optimizer\.learning"):
+        run(config)
+    assert not list((config.directory / "checkpoints").glob("[0-9]*"))

@@ -279,6 +279,10 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(tmp_path) -> None:
     assert records[-1].step == COLD_STEPS + 2
     assert "no checkpoint of RL from before step 4 to roll back to, of [2, 4]" in message
     assert rl(records, "watch/roll_backs") == [0.0, 0.0]
+    # Gone on with in spite of the alarm: step 4's weights are still those that it condemned.
+    records, message = until_stopped(config)
+    assert records[-1].step == COLD_STEPS + 4
+    assert "no checkpoint of RL from before step 4 to roll back to, of [2, 4" in message
 
 
 @pytest.mark.parametrize("action", ["roll_back", "tighten"])

@@ -8,7 +8,8 @@ arXiv 2512.01374, eq. 8, uses which experts is decided here and nowhere else:
     r2       its own routing            the experts of pi_old, which prepare() hands over
     r3       the sampler's experts      the sampler's experts
 
-With learner.replay_gates the gate values of pi_old go with the experts, and pi's router is frozen.
+With learner.replay_gates the gate values of pi_old go with the experts, and no gradient of the
+policy loss reaches pi's router at replayed tokens.
 Under r3 with learner.route_fallback "live", a token without routes has its own routing in both.
 
 What it is not: the maths of the loss (losses/) or the loop over mini-batches (loop.py).
@@ -72,7 +73,7 @@ class LearnerConfig:
     micro_batches: int = 1  # parts of a mini-batch computed one after another, to save memory
     replay: Replay = "none"  # routing replay: r2 the learner's old routes, r3 the sampler's
     route_fallback: RouteFallback = "error"  # r3, a token without routes: refused, or routed live
-    replay_gates: bool = False  # replay pi_old's gate values with the routes; freezes the router
+    replay_gates: bool = False  # pi_old's gate values too; no policy gradient to the router
     # Where pi_old comes from: a scoring pass before the first update, or none: then pi_old is the
     # current policy, which is exact only for the first mini-batch.
     old_logprobs: Literal["score", "none"] = "score"

@@ -64,7 +64,8 @@ class WatchConfig:
     # event: a line in the run log. stop: a checkpoint, then the run ends. roll_back: weights and
     # optimizer of the newest regular checkpoint from before the rule held; the run goes on from
     # them. tighten: the bounds of the importance weight and of the clip move half way to "no
-    # off-policy update".
+    # off-policy update". An update that is not finite ends the run without a checkpoint under every
+    # action but roll_back.
     action: Action = "event"
     patience: int = 3  # consecutive RL steps a rule must hold; 1 hears single outliers
     # First RL steps whose median is a metric's baseline. The first one alone is of weights that no
@@ -200,6 +201,9 @@ class WatchState:
     since: Mapping[str, int] = field(default_factory=dict)  # rule that holds -> its first step
     absent: tuple[str, ...] = ()  # metrics whose absence has been reported
     acted: tuple[tuple[int, int], ...] = ()  # roll backs and tightenings: held since, done at
+    # Since when an alarm held that could only stop the run; 0: none. The weights from there on are
+    # no target of a roll back, until one has gone behind it.
+    condemned: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values for a checkpoint."""
@@ -218,7 +222,7 @@ class WatchState:
 
     def after_action(self, since: int, step: int) -> WatchState:
         """Cleared, with a roll back or tightening noted."""
-        return dataclasses.replace(self.cleared(), acted=(*self.acted, (since, step)))
+        return dataclasses.replace(self.cleared(), acted=(*self.acted, (since, step)), condemned=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +296,7 @@ def observe(
         for rule, name in absent
         if name in unseen
     )
-    after = WatchState(series, since, (*state.absent, *unseen), state.acted)
+    after = dataclasses.replace(state, series=series, since=since, absent=(*state.absent, *unseen))
     return Observation(after, tuple(alarms), notices)
 
 

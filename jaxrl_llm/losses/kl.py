@@ -12,7 +12,9 @@ As a value, k1 is unbiased but may be negative, k2 is biased and at least 0, k3 
 least 0. As a loss, only k2 descends KL(p || q). So k1 and k3 are for reading, k2 is for descending.
 
 Tokens sampled by mu instead of p need an importance weight w = p / mu. How it enters decides what
-descends:
+descends (the weight is the loss's own: the table holds where importance.ratio is sampler or
+mismatch, level token, and no bound cuts; under "staleness" or "off" the penalty is as blind to the
+engine as the loss):
 
     weight        the penalty        its expected gradient over y ~ mu, per token
     "none"        k                  that of the table above, with mu in place of p: biased
@@ -21,7 +23,7 @@ descends:
 
 "unbiased" with k3 is the KL term of DeepSeek-V3.2 (arXiv 2512.02556): its gradient w * d is, token
 by token, that of "importance" with k2; only the logged value differs. k1 has w * (d + 1), the same
-in expectation with more noise. w carries the bounds of the loss's importance weight.
+in expectation with more noise.
 
 Every function is exactly 0, in value and gradient, off the mask.
 """
@@ -46,8 +48,9 @@ class KLConfig:
 
     coefficient: float = 0.0  # above 0 the batch needs ref_logprobs
     estimator: Estimator = "k2"  # k1, k2 or k3; as a loss they descend different things (kl.py)
-    # importance: times the constant weight w; unbiased: w is differentiated too, which k1 and k3
-    # need to descend KL(pi || reference); none: as if pi had sampled the tokens (GRPO).
+    # importance: times the loss's importance weight, a constant; unbiased: that weight is
+    # differentiated too, which k1 and k3 need to descend KL(pi || reference); none: as if pi had
+    # sampled the tokens (GRPO).
     weight: Literal["importance", "unbiased", "none"] = "importance"
 
     def __post_init__(self) -> None:
@@ -113,7 +116,10 @@ def kl_penalty(
         case "importance":
             return weight * kl
         case "unbiased":
-            one = jnp.exp(log_ratio(logprobs, jax.lax.stop_gradient(logprobs), mask))
-            return weight * one * kl
+            # Value and gradient apart: that of k3 is w * d, where the derivatives of w and of k3
+            # nearly cancel in float32, and no longer do once k3 saturates.
+            now, ref = jax.lax.stop_gradient((logprobs, ref_logprobs))
+            slope = log_ratio(now, ref, mask) + (1.0 if cfg.estimator == "k1" else 0.0)
+            return weight * (jax.lax.stop_gradient(kl) + slope * log_ratio(logprobs, now, mask))
         case _:
             assert_never(cfg.weight)

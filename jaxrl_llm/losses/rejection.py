@@ -1,9 +1,10 @@
 """Rejection: whole responses that no importance weight can save, taken out of the gradient.
 
 A response is rejected when its sampler and its policy disagree by more than a bound. Its tokens
-then pull at nothing, but still count in every denominator (token weights come from the mask before
-any rejection), so rejecting one response does not make the others heavier. What this is not: the
-band of a single token's weight (weights.py) or the clip mask (clipping.py).
+then leave the policy gradient and a weighted KL penalty (an unweighted one and the entropy bonus
+know no sampler and keep them). They still count in every denominator, since token weights come from
+the mask before any rejection: rejecting one response does not make the others heavier. What this is
+not: the band of a single token's weight (weights.py) or the clip mask (clipping.py).
 """
 
 from __future__ import annotations
@@ -95,4 +96,7 @@ def rejected(
     if cfg.negative_kl < jnp.inf:
         anchored = ratios.sampler if cfg.negative_anchor == "sampler" else ratios.staleness
         rules["negative"] = (advantages < 0) & (mean(-anchored) > cfg.negative_kl)
-    return {name: mask & out for name, out in rules.items()}
+    broken = jnp.isnan(ratios.sampler) | jnp.isnan(ratios.mismatch)
+    faults = segment_totals((mask & broken).astype(jnp.int32), segment_ids)
+    whole = jnp.take_along_axis(faults, segment_ids, axis=1) == 0
+    return {name: mask & whole & out for name, out in rules.items()}

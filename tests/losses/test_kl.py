@@ -112,6 +112,18 @@ def test_the_unbiased_k3_has_the_gradient_of_the_weighted_k2() -> None:
     assert abs(penalty(logprobs, "k2", "importance") - penalty(logprobs, "k3", "unbiased")) > 0.01
 
 
+@pytest.mark.parametrize("d", [-25.0, -16.0, 3.0])
+def test_the_unbiased_k3_pulls_towards_the_reference_from_any_distance(d: float) -> None:
+    """Its gradient is w * d, also where k3 saturates and its derivative with that of w cancels."""
+    cfg = KLConfig(coefficient=1.0, estimator="k3", weight="unbiased")
+
+    def penalty(logprobs):
+        return kl_penalty(logprobs, np.float32([[-30.0]]), np.float32([[2.0]]), ONE, cfg)[0, 0]
+
+    gradient = jax.grad(penalty)(np.float32([[d - 30.0]]))
+    np.testing.assert_allclose(gradient, [[2 * d]], rtol=1e-5)
+
+
 def test_k3_saturates_instead_of_overflowing() -> None:
     def loss(logprobs):
         return k3(logprobs, np.zeros((1, 1), np.float32), ONE)[0, 0]

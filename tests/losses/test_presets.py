@@ -305,6 +305,19 @@ def test_a_response_exactly_at_a_bound_is_kept_and_a_nan_is_not_hidden(name) -> 
     assert np.isnan(loss)
 
 
+def test_a_nan_beside_a_catastrophic_token_is_not_hidden() -> None:
+    """The veto alone would take the whole response out, and the fault with it."""
+    logprobs, entropy, batch = random_batch(1)
+    sampler, old = np.array(batch.sampler_logprobs), np.array(batch.old_logprobs)
+    sampler[0, 6], old[0, 7] = logprobs[0, 6] + 20.0, np.nan
+    batch = dataclasses.replace(batch, sampler_logprobs=sampler, old_logprobs=old)
+    veto = dataclasses.replace(LossConfig().rejection, ratio="sampler", veto=1e-4)
+    cfg = dataclasses.replace(presets.ppo(), rejection=veto)
+    loss, _, metrics = value_and_gradients(logprobs, entropy, batch, cfg)
+    assert metrics["rejection/veto"] == 0.0
+    assert np.isnan(loss)
+
+
 def test_overlong_responses_pull_at_nothing_and_still_count_in_the_baseline() -> None:
     rewards = np.float32([[1.0, 0.0, 0.0, 1.0]])
     valid, truncated = np.ones((1, 4), bool), np.array([[False, True, False, False]])

@@ -230,7 +230,8 @@ def _update(
         for batch in batches[:-1]:
             state, seen = train(state, batch)
             metrics.append(seen)
-        jax.block_until_ready(state)
+        if due:  # what is timed next must not wait for these
+            jax.block_until_ready(state)
     if due:
         with timed(timings, "seconds/attribution"):
             metrics.append(jax.block_until_ready(attribution.after(state.params, old_passes)))

@@ -12,7 +12,6 @@ This module stays light to import: workers import it, and never jax.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import logging
@@ -21,7 +20,7 @@ import re
 import resource
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 Cause = Literal["correct", "wrong", "no_answer", "too_long", "unparsable", "timeout", "error"]
@@ -85,11 +84,6 @@ def extract_answer(text: str, config: RewardConfig) -> str | None:
     else:
         answer = text.strip()
     return answer or None
-
-
-def count_causes(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """How many verdicts have each cause; causes that do not occur are left out."""
-    return dict(collections.Counter(verdict.cause for verdict in verdicts))
 
 
 class Verifier:

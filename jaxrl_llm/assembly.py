@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,21 +21,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json
 from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
+from jaxrl_llm.engines import make_engine, make_journal
 from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.checkpoint import (
+    Checkpoint,
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
     restore,
 )
+from jaxrl_llm.learner.publish import PublishError
 from jaxrl_llm.learner.sft import make_sft_step
 from jaxrl_llm.learner.state import (
     Optimizer,
@@ -48,10 +52,11 @@ from jaxrl_llm.learner.step import ScoreStep, TrainStep, make_score_step, make_t
 from jaxrl_llm.learner.tighten import tightened
 from jaxrl_llm.learner.watch import WatchConfig, WatchState
 from jaxrl_llm.losses.policy import LossConfig
+from jaxrl_llm.model.hf import load_params, read_model_config
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.rollout.buffer import RolloutBuffer
-from jaxrl_llm.rollout.engine import Engine
-from jaxrl_llm.rollout.local import LocalEngine
+from jaxrl_llm.rollout.buffer import RolloutBuffer, UnderWay
+from jaxrl_llm.rollout.engine import Engine, EngineError
+from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.runlog import RunReader, RunWriter
 from jaxrl_llm.sharding import batch_sharding, make_mesh
 from jaxrl_llm.types import Prompt, SamplingParams
@@ -65,12 +70,13 @@ class Progress:
     """All that changes while a job runs."""
 
     step: int  # finished steps, those of the cold start included
-    cursor: int  # prompts drawn from the training split
     state: TrainState  # parameters and optimizer, on the devices
-    buffer: RolloutBuffer  # finished groups that no update has used
+    buffer: RolloutBuffer  # prompts drawn, and finished groups that no update has used
     watch: WatchState  # what the early warning remembers
     reference: Params | None  # the policy RL started from; None if the loss has no KL penalty
-    stop: str = ""  # why the early warning ends the run here; in no checkpoint
+    # Why the run ends here; in no checkpoint.
+    stop: str = ""  # the early warning's reason
+    failure: ValueError | None = None  # the engine's, or that of writing weights for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Job:
     heldout: tuple[Prompt, ...]
     verifier: Verifier
     engine: Engine
+    journal: Journal | None  # rollouts that servers finished and no checkpoint has
+    under_way: UnderWay  # what the engine was asked for; the one part that changes
     cold_optimizer: Optimizer
     optimizer: Optimizer
     steps: Steps
@@ -113,7 +121,7 @@ class Job:
     @property
     def row_length(self) -> int:
         """Positions of a row, S."""
-        return self.config.learner.row_length or self.config.rollout.engine.max_length - 1
+        return self.config.learner.row_length or self.config.rollout.max_length - 1
 
     def version(self, progress: Progress) -> int:
         """The weight version: finished RL steps."""
@@ -121,8 +129,7 @@ class Job:
 
     def seed(self, purpose: str, *counters: int) -> int:
         """A seed below 2^63, different for every purpose and counters."""
-        entropy = (self.config.seed, zlib.crc32(purpose.encode()), *counters)
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+        return _seed(self.config, purpose, *counters)
 
     def rows(self, needed: int) -> int:
         """`needed` rows and those of padding that let them divide into micro-batches on devices."""
@@ -133,10 +140,6 @@ class Job:
         """The batch with its rows split over the mesh."""
         return jax.device_put(batch, batch_sharding(self.mesh))
 
-    def publish(self, progress: Progress) -> None:
-        """Hand the current weights to the engine."""
-        self.engine.publish(progress.state.params, self.version(progress))
-
     def loss(self, progress: Progress) -> LossConfig:
         """The loss of the next update, tightened as often as the early warning did so."""
         acted = progress.watch.acted if self.config.learner.watch.action == "tighten" else ()
@@ -146,6 +149,11 @@ class Job:
         """The compiled update with that loss."""
         config = dataclasses.replace(self.config, loss=self.loss(progress))
         return _train_step(_compiled(config), self.mesh)
+
+
+def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
+    entropy = (config.seed, zlib.crc32(purpose.encode()), *counters)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
@@ -167,7 +175,10 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     _check_length(config, heldout)
     mesh = make_mesh(config.learner.mesh)
     cold_optimizer, optimizer = _optimizers(config)
-    engine = stack.enter_context(contextlib.closing(_engine(config, tokenizer)))
+    journal = make_journal(config)
+    engine = stack.enter_context(
+        contextlib.closing(make_engine(config, tokenizer, heldout[0], mesh, journal))
+    )
     log = stack.enter_context(RunWriter(config.directory, config.log))
     log.write_config(to_json(config))
     return Job(
@@ -178,6 +189,8 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         heldout=heldout,
         verifier=stack.enter_context(Verifier(config.task.reward)),
         engine=engine,
+        journal=journal,
+        under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
         steps=_steps(_compiled(config), mesh),
@@ -249,24 +262,41 @@ def resume(job: Job) -> Progress:
         reference = kept.state.params
     progress = Progress(
         step=checkpoint.step,
-        cursor=checkpoint.host["cursor"],
         state=checkpoint.state,
         buffer=RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"]),
         watch=WatchState.from_json(checkpoint.host["watch"]),
         reference=reference,
     )
-    if progress.step >= config.cold_start.steps:
-        job.publish(progress)
-    return progress
+    return published(job, progress) if progress.step >= config.cold_start.steps else progress
 
 
 def _begin(job: Job) -> Progress:
     config = job.config
-    state = init_state(
-        config.model, job.cold_optimizer, job.mesh, jax.random.key(job.seed("weights") % 2**32)
-    )
-    progress = Progress(0, 0, state, RolloutBuffer(config.rollout.buffer), WatchState(), None)
+    state = initial_state(config, job.mesh)
+    buffer = RolloutBuffer(config.rollout.buffer, drawn=config.cold_start.prompts)
+    progress = Progress(0, state, buffer, WatchState(), None)
     return progress if config.cold_start.steps else start_rl(job, progress)
+
+
+def initial_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """What training starts from: the weights of cold_start.weights, or random ones."""
+    optimizer, folder = _optimizers(config)[0], config.cold_start.weights
+    if not folder:
+        key = jax.random.key(_seed(config, "weights") % 2**32)
+        return init_state(config.model, optimizer, mesh, key)
+    there = dataclasses.asdict(read_model_config(folder))
+    here = dataclasses.asdict(config.model)
+    different = [
+        f"{name}: {there[name]} != {here[name]}" for name in here if there[name] != here[name]
+    ]
+    if different:
+        raise ValueError(
+            f"cold_start.weights is {folder!r}, a model with other settings "
+            f"({'; '.join(different)}); set model to read_model_config of that folder"
+        )
+    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+    params = load_params(folder, config.model, mesh)
+    return fresh_optimizer_state(TrainState(step, params, None), optimizer)
 
 
 def start_rl(job: Job, progress: Progress) -> Progress:
@@ -278,8 +308,18 @@ def start_rl(job: Job, progress: Progress) -> Progress:
         reference = jax.tree.map(jnp.copy, state.params)
         with Checkpoints(job.config.directory / REFERENCE, CheckpointConfig(keep_last=1)) as kept:
             kept.save(progress.step, state, {})
-    progress = dataclasses.replace(progress, state=state, reference=reference)
-    job.publish(progress)
+    return published(job, dataclasses.replace(progress, state=state, reference=reference))
+
+
+def published(job: Job, progress: Progress) -> Progress:
+    """Hand the current weights to the engine. Where it fails, progress.failure says why.
+
+    The failure is a value because the step that made the weights is still to be logged and saved.
+    """
+    try:
+        job.engine.publish(progress.state.params, job.version(progress))
+    except (EngineError, PublishError) as failure:
+        return dataclasses.replace(progress, failure=failure)
     return progress
 
 
@@ -291,12 +331,25 @@ def save(job: Job, progress: Progress) -> None:
     if progress.step == 0:
         return
     host = {
-        "cursor": progress.cursor,
         "buffer": progress.buffer.to_json(),
         "watch": progress.watch.to_json(),
         "dataset": dataset_digest(job.config.task.data),
     }
+    durable = job.checkpoints.steps
     job.checkpoints.save(progress.step, progress.state, host)
+    if job.journal is not None and durable:
+        # A run that is killed before this checkpoint is on disk goes on from the one before.
+        first = durable[-1] - job.config.cold_start.steps
+        job.journal.forget(first - job.config.rollout.buffer.max_staleness)
+
+
+def newest_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint:
+    """Of a run with this config; ValueError where there is none."""
+    mesh, optimizer = make_mesh(config.learner.mesh), _optimizers(config)[1]
+    checkpoint = restore(run_dir / CHECKPOINTS, abstract_state(config.model, optimizer, mesh))
+    if checkpoint is None:
+        raise ValueError(f"{run_dir} has no checkpoint yet; let the run make one first")
+    return checkpoint
 
 
 def evaluate_checkpoint(
@@ -304,8 +357,9 @@ def evaluate_checkpoint(
 ) -> tuple[int, EvaluationResult]:
     """Evaluate the newest checkpoint of a run on its held-out prompts; (its step, the result).
 
-    None for samples or prompts takes what the run's own evaluation took. The run may be going on:
-    nothing in its directory is written. Raises ValueError where there is no checkpoint.
+    None for samples or prompts takes what the run's own evaluation took. The run may be going on,
+    unless it samples on servers: those get the checkpoint's weights. Raises ValueError where there
+    is no checkpoint.
     """
     config = read_config(run_dir / "config.json")
     samples = config.evaluation.samples if samples is None else samples
@@ -314,28 +368,26 @@ def evaluate_checkpoint(
     evaluation = dataclasses.replace(
         config.evaluation, samples=samples, prompts=prompts, pass_k=min(pass_k, samples)
     )
-    mesh = make_mesh(config.learner.mesh)
-    optimizer = _optimizers(config)[1]
-    checkpoint = restore(run_dir / CHECKPOINTS, abstract_state(config.model, optimizer, mesh))
-    if checkpoint is None:
-        raise ValueError(f"{run_dir} has no checkpoint yet; let the run make one first")
+    checkpoint = newest_checkpoint(config, run_dir)
     tokenizer = make_tokenizer(config.task.tokenizer)
-    with contextlib.closing(_engine(config, tokenizer)) as engine:
+    heldout = _heldout(config, tokenizer)
+    mesh = make_mesh(config.learner.mesh)
+    with contextlib.ExitStack() as stack:
+        if config.rollout.sglang.servers:
+            # A run that goes on would find other weights on its servers than it put there.
+            stack.enter_context(_locked(run_dir))
+        engine = make_engine(config, tokenizer, heldout[0], mesh, None)
+        stack.enter_context(contextlib.closing(engine))
         engine.publish(checkpoint.state.params, checkpoint.step)
-        with Verifier(config.task.reward) as verifier:
-            result = evaluate(
-                engine,
-                _heldout(config, tokenizer),
-                verifier,
-                sampling=config.rollout.sampling(tokenizer.stop_token_ids),
-                config=evaluation,
-                seed=seed,
-            )
+        result = evaluate(
+            engine,
+            heldout,
+            stack.enter_context(Verifier(config.task.reward)),
+            sampling=config.rollout.sampling(tokenizer.stop_token_ids),
+            config=evaluation,
+            seed=seed,
+        )
     return checkpoint.step, result
-
-
-def _engine(config: RunConfig, tokenizer: Tokenizer) -> Engine:
-    return LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
 
 
 def _heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
@@ -360,10 +412,13 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _check_size(config: RunConfig, prompts: int) -> None:
     """ValueError if a step could draw a prompt twice, which a group cannot be told apart by."""
+    rollout = config.rollout
+    ahead = rollout.groups * (1 + rollout.buffer.max_staleness)
     drawn = {
         "cold_start.batch": config.cold_start.batch if config.cold_start.steps else 0,
-        "rollout.groups times (1 + rollout.buffer.max_staleness)": config.rollout.groups
-        * (1 + config.rollout.buffer.max_staleness),
+        "rollout.groups x (1 + rollout.buffer.max_staleness) x rollout.oversample": math.ceil(
+            ahead * rollout.oversample
+        ),
     }
     for name, count in drawn.items():
         if count > prompts // 2:
@@ -377,11 +432,12 @@ def _check_length(config: RunConfig, prompts: Sequence[Prompt]) -> None:
     """ValueError naming a held-out prompt that leaves no room for a whole response."""
     longest = max(prompts, key=lambda prompt: prompt.tokens.size)
     needed = longest.tokens.size + config.rollout.max_new_tokens
-    if needed > config.rollout.engine.max_length:
+    engine = "sglang" if config.rollout.sglang.servers else "engine"
+    if needed > config.rollout.max_length:
         raise ValueError(
             f"prompt {longest.prompt_id!r} of {longest.tokens.size} tokens and "
             f"rollout.max_new_tokens = {config.rollout.max_new_tokens} need {needed} tokens; "
-            f"rollout.engine.max_length is {config.rollout.engine.max_length}; raise it, or lower "
+            f"rollout.{engine}.max_length is {config.rollout.max_length}; raise it, or lower "
             "max_new_tokens"
         )
 

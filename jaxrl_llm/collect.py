@@ -1,122 +1,192 @@
-"""A step's rollouts: prompts sent to the engine, rewards, and whole groups in the buffer.
+"""What a step asks of the engine: rollouts for the buffer, and evaluations.
 
-What it is: everything between "the weights are published" and "the learner may take its groups",
-with what was lost on the way counted. What it is not: sampling (rollout/), verifying
-(data/rewards.py) or learning (loop.py).
+What it is: everything between "the weights are published" and "the learner may take its groups":
+prompts sent, rewards, whole groups, with what was lost on the way counted. What it is not: sampling
+(rollout/), verifying (data/rewards.py) or learning (loop.py).
+
+An engine that overlaps goes on with the groups asked for ahead while the learner updates. What is
+under way is in no checkpoint, but which prompts are is: a run that goes on asks for them again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 
 from jaxrl_llm.assembly import Job, Progress
 from jaxrl_llm.data.prompts import prompt_indices
-from jaxrl_llm.rollout.buffer import GroupAssembler
-from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.rollout.buffer import RolloutBuffer
+from jaxrl_llm.rollout.engine import EngineError, Request
+from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group
 
 Timings = dict[str, float]
 """seconds/* and rate/* of a step, as they add up."""
 
-MAX_REFILLS = 4
-"""Attempts to fill a rollout batch whose requests fail, before the run stops with an error."""
+
+@dataclasses.dataclass
+class Tally:
+    """What a step's sampling came to, before anything was filtered or dropped."""
+
+    tokens: int = 0  # sampled, in finished groups
+    rewards: list[float] = dataclasses.field(default_factory=list)  # of every verified rollout
+    filtered: int = 0  # groups
+    raised: list[str] = dataclasses.field(default_factory=list)  # what the verifier said
 
 
 def fill_buffer(
     job: Job, progress: Progress, timings: Timings
-) -> tuple[Progress, dict[str, float], tuple[str, ...]]:
-    """Sample and verify until the buffer holds this step's groups and those sampled ahead.
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Sample and verify until progress.buffer holds this step's groups.
 
-    Returns the progress after it, what was lost as metrics, and why as events.
+    An engine that does not overlap also samples those asked for ahead. Returns what was lost as
+    metrics, and why as events. Raises EngineError where the groups cannot be had.
     """
-    rollout, buffer = job.config.rollout, progress.buffer
+    rollout, buffer, under_way = job.config.rollout, progress.buffer, job.under_way
     ahead = min(rollout.buffer.max_staleness, job.last_step - progress.step - 1)
     wanted = rollout.groups * (1 + ahead)
+    needed = rollout.groups if job.engine.overlaps else wanted
     timings |= {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     stale_before = buffer.dropped_stale
     buffer.drop_stale(job.version(progress))
-    assembler, tokens, events = GroupAssembler(), 0, []
-    for _ in range(MAX_REFILLS):
-        missing = wanted - len(buffer)
-        if missing <= 0:
+    tally = Tally()
+    _ask(job, sorted(buffer.pending - under_way.assembler.draws))
+    for _ in range(1 + rollout.refills):
+        missing = wanted - len(buffer) - len(buffer.pending)
+        if missing > 0:
+            _ask(job, buffer.draw(math.ceil(missing * rollout.oversample)))
+        _receive(job, buffer, needed, timings, tally)
+        if buffer.ready(needed):
             break
-        requests = _requests(job, progress.cursor, missing, assembler)
-        progress = dataclasses.replace(progress, cursor=progress.cursor + missing)
-        with timed(timings, "seconds/rollout"):
-            outcomes = [assembler.add(outcome) for outcome in job.engine.generate(requests)]
-        groups = _in_order([group for group in outcomes if group is not None], requests)
-        tokens += sum(r.response_length for group in groups for r in group.rollouts)
-        with timed(timings, "seconds/reward"):
-            verified, raised = _verified(job, groups)
-        events += raised
-        for group in verified:
-            buffer.put(group)
+    if not (ahead and job.engine.overlaps):
+        # Weights change before the rest could be used.
+        under_way.cancel()
+    losses = under_way.assembler.take_losses()
     failures = [
-        f"the engine failed {count} requests ({cause}), the first: {assembler.messages[cause]}"
-        for cause, count in assembler.failures.items()
+        f"the engine failed {count} requests ({cause}), the first: {losses.messages[cause]}"
+        for cause, count in losses.failures.items()
     ]
     if len(buffer) < rollout.groups:
-        raise ValueError(
+        filtered = [f"{tally.filtered} groups were filtered ({rollout.filter})"]
+        raise EngineError(
             f"step {progress.step + 1} has {len(buffer)} of {rollout.groups} groups after "
-            f"{MAX_REFILLS} attempts: {'; '.join(failures)}"
+            f"{1 + rollout.refills} attempts (1 + rollout.refills): "
+            f"{'; '.join(failures + filtered[: tally.filtered])}"
         )
-    timings["rate/rollout_tokens_per_second"] = tokens / max(timings["seconds/rollout"], 1e-9)
+    report = job.engine.report()
+    timings["rate/rollout_tokens_per_second"] = tally.tokens / max(timings["seconds/rollout"], 1e-9)
     stale = buffer.dropped_stale - stale_before
-    lost = {
-        "rollout/failures": float(assembler.failures.total()),
-        "rollout/dropped_groups": float(assembler.dropped_groups + stale),
+    metrics = {
+        "rollout/failures": float(sum(losses.failures.values())),
+        "rollout/dropped_groups": float(losses.dropped_groups + stale),
+        "rollout/filtered_groups": float(tally.filtered),
+        **report.metrics,
     }
-    return progress, lost, (*events, *failures)
-
-
-def _in_order(groups: Sequence[Group], requests: Sequence[Request]) -> list[Group]:
-    """The groups in the order in which they were asked for.
-
-    In the order of completion the short responses would fill the first mini-batch and the long ones
-    the last, where the policy has moved most: length would correlate with staleness.
-    """
-    places = {request.prompt.prompt_id: place for place, request in enumerate(requests)}
-    return sorted(groups, key=lambda group: places[group.prompt.prompt_id])
-
-
-def _requests(job: Job, cursor: int, count: int, assembler: GroupAssembler) -> list[Request]:
-    """The requests of the next `count` prompts; the assembler then awaits their outcomes."""
-    samples = job.config.rollout.samples
-    requests = []
-    for offset, index in enumerate(prompt_indices(len(job.train), cursor, count, job.config.seed)):
-        prompt = job.train[int(index)]
-        assembler.expect(prompt, samples)
-        for sample in range(samples):
-            seed = job.seed("rollout", cursor + offset, sample)
-            requests.append(Request(prompt, sample, seed, job.sampling))
-    return requests
-
-
-def _verified(job: Job, groups: Sequence[Group]) -> tuple[list[Group], list[str]]:
-    """The groups with rewards and verdicts, and an event if the verifier raised."""
-    texts = [(r.text, group.prompt.answer) for group in groups for r in group.rollouts]
-    scored = job.verifier.score(texts)
-    raised = [verdict.message for verdict in scored if verdict.cause == "error"]
-    events = (
-        [f"the verifier raised on {len(raised)} responses (reward 0), first {raised[0]}"]
-        if raised
-        else []
-    )
-    verdicts = iter(scored)
-    verified = [
-        Group(
-            group.prompt,
-            tuple(
-                dataclasses.replace(rollout, reward=verdict.reward, verdict=verdict.cause)
-                for rollout, verdict in zip(group.rollouts, verdicts, strict=False)
-            ),
-        )
-        for group in groups
+    if tally.rewards:
+        metrics["rollout/sampled_reward_mean"] = math.fsum(tally.rewards) / len(tally.rewards)
+    raised = [
+        f"the verifier raised on {len(tally.raised)} responses (reward 0), first {message}"
+        for message in tally.raised[:1]
     ]
-    return verified, events
+    return metrics, (*raised, *failures, *report.events)
+
+
+def _ask(job: Job, draws: Sequence[int]) -> None:
+    """Request the responses to these draws, ascending and all of them pending in the buffer."""
+    if not draws:
+        return
+    samples, first = job.config.rollout.samples, draws[0]
+    span = prompt_indices(len(job.train), first, draws[-1] - first + 1, job.config.seed)
+    requests = []
+    for draw in draws:
+        prompt = job.train[int(span[draw - first])]
+        job.under_way.assembler.expect(draw, prompt, samples)
+        for sample in range(samples):
+            seed = job.seed("rollout", draw, sample)
+            requests.append(Request(prompt, sample, seed, job.sampling))
+    job.under_way.responses.append(job.engine.generate(requests))
+
+
+def _receive(job: Job, buffer: RolloutBuffer, needed: int, timings: Timings, tally: Tally) -> None:
+    """Take outcomes until `needed` groups are ready or none is under way any more."""
+    assembler, responses = job.under_way.assembler, job.under_way.responses
+    while responses and not buffer.ready(needed):
+        with timed(timings, "seconds/rollout"):
+            outcome = next(responses[0], None)
+        if outcome is None:
+            responses.popleft()
+            continue
+        finished = assembler.add(outcome)
+        if finished is None:
+            continue
+        group = finished.group
+        if group is not None:
+            with timed(timings, "seconds/reward"):
+                group = _verified(job, group, tally)
+            tally.tokens += sum(rollout.response_length for rollout in group.rollouts)
+            if _filtered(job, group):
+                tally.filtered += 1
+                group = None
+        buffer.settle(finished.draw, group)
+
+
+def _verified(job: Job, group: Group, tally: Tally) -> Group:
+    """The group with rewards and verdicts."""
+    verdicts = job.verifier.score([(r.text, group.prompt.answer) for r in group.rollouts])
+    tally.rewards += [verdict.reward for verdict in verdicts]
+    tally.raised += [verdict.message for verdict in verdicts if verdict.cause == "error"]
+    rollouts = [
+        dataclasses.replace(rollout, reward=verdict.reward, verdict=verdict.cause)
+        for rollout, verdict in zip(group.rollouts, verdicts, strict=True)
+    ]
+    return Group(group.prompt, tuple(rollouts))
+
+
+def _filtered(job: Job, group: Group) -> bool:
+    """Whether the configured filter keeps the group from the learner."""
+    equal = len({rollout.reward for rollout in group.rollouts}) == 1
+    return equal and job.config.rollout.filter == "equal_rewards"
+
+
+def evaluated(job: Job, progress: Progress) -> tuple[list[StepRecord], Progress]:
+    """The record of the evaluation due after this step, if one is; a failure in the progress."""
+    if progress.failure:
+        return [], progress
+    try:
+        return _evaluation(job, progress), progress
+    except EngineError as failure:
+        return [], dataclasses.replace(progress, failure=failure)
+
+
+def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
+    """The evaluation due after this step, if one is; before and after RL there always is one."""
+    done, every = progress.step - job.config.cold_start.steps, job.config.evaluation.every
+    due = done in (0, job.config.steps) or (every > 0 and done % every == 0)
+    if not due:
+        return []
+    timings: Timings = {}
+    with timed(timings, "seconds/evaluate"):
+        result = evaluate(
+            job.engine,
+            job.heldout,
+            job.verifier,
+            sampling=job.sampling,
+            config=job.config.evaluation,
+            seed=job.seed("evaluation"),
+        )
+    events = [
+        f"evaluation: the engine failed {n} requests ({c})" for c, n in result.failures.items()
+    ]
+    if raised := result.verdicts.get("error"):
+        events.append(f"evaluation: the verifier raised on {raised} responses (reward 0)")
+    record = StepRecord(
+        "eval", progress.step, result.metrics(), timings, tuple(events), result.groups
+    )
+    return [record]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import json
 import math
 import runpy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cattrs
 
@@ -21,6 +21,7 @@ from jaxrl_llm.data.rewards import RewardConfig
 from jaxrl_llm.data.tokenizer import TokenizerConfig
 from jaxrl_llm.evaluate import EvaluationConfig
 from jaxrl_llm.learner.checkpoint import CheckpointConfig
+from jaxrl_llm.learner.publish import PublishConfig
 from jaxrl_llm.learner.state import OptimizerConfig
 from jaxrl_llm.learner.step import LearnerConfig
 from jaxrl_llm.learner.tighten import check_tightening
@@ -28,6 +29,8 @@ from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
 from jaxrl_llm.rollout.local import LocalEngineConfig
+from jaxrl_llm.rollout.sglang import SGLangConfig
+from jaxrl_llm.rollout.wire import unscorable
 from jaxrl_llm.runlog import RunLogConfig
 from jaxrl_llm.types import SamplingParams
 
@@ -54,15 +57,22 @@ class RolloutConfig:
     samples: int = 8  # responses to each prompt, N
     max_new_tokens: int = 256  # longest response, stop token included
     temperature: float = 1.0  # of sampling; the learner scores at the same one
+    # Groups that are sampled but not learned from: those of equal rewards have no gradient
+    # (DAPO's dynamic sampling, arXiv 2503.14476).
+    filter: Literal["none", "equal_rewards"] = "none"
+    oversample: float = 1.0  # prompts asked for per group that is missing, for filters to choose
+    refills: int = 3  # times a step may ask for more, after failures and filters
     # Rollout batches sampled ahead of the learner: max_staleness 1 trains on what the previous
     # weights sampled, 0 on what the current ones did.
     buffer: BufferConfig = BufferConfig()
-    engine: LocalEngineConfig = LocalEngineConfig()  # the in-process engine
+    engine: LocalEngineConfig = LocalEngineConfig()  # in-process, used where there are no servers
+    sglang: SGLangConfig = SGLangConfig()  # SGLang servers
+    publish: PublishConfig = PublishConfig()  # weights on their way to the servers
 
     def __post_init__(self) -> None:
-        for name, least in (("groups", 1), ("samples", 2)):
-            value = dataclasses.asdict(self)[name]
-            if value < least:
+        for name, least in (("groups", 1), ("samples", 2), ("oversample", 1), ("refills", 0)):
+            value = vars(self)[name]
+            if not value >= least:
                 raise ValueError(f"rollout.{name} is {value}; it must be at least {least}")
         if self.temperature == 0:
             raise ValueError(
@@ -70,6 +80,11 @@ class RolloutConfig:
                 "use a positive temperature"
             )
         self.sampling(())
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt plus response, in tokens, that the engine in use takes."""
+        return self.sglang.max_length if self.sglang.servers else self.engine.max_length
 
     def sampling(self, stop_token_ids: tuple[int, ...]) -> SamplingParams:
         """The sampling settings of a request."""
@@ -82,8 +97,9 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ColdStartConfig:
-    """Supervised training on demonstrations before RL."""
+    """Where training starts: given or random weights, then supervised training."""
 
+    weights: str = ""  # Hugging Face folder to start from; "": random weights
     steps: int = 0  # updates; 0 starts RL from the initial weights
     batch: int = 64  # demonstrations per update
     # Probability that a scratch digit of a demonstration is wrong. It keeps sampled accuracy low
@@ -97,6 +113,11 @@ class ColdStartConfig:
                 f"cold_start.steps is {self.steps} and cold_start.batch {self.batch}; "
                 "they must be at least 0 and 1"
             )
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of the training split that the whole cold start draws."""
+        return self.steps * self.batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +156,17 @@ def _check(config: RunConfig) -> None:
             f"rollout.groups is {rollout.groups}, which does not split into learner.mini_batches "
             f"= {learner.mini_batches} equal parts; change one of them"
         )
-    if rollout.max_new_tokens >= rollout.engine.max_length:
+    engine = "sglang" if rollout.sglang.servers else "engine"
+    if rollout.max_new_tokens >= rollout.max_length:
         raise ValueError(
             f"rollout.max_new_tokens is {rollout.max_new_tokens}, which leaves no token for a "
-            f"prompt in rollout.engine.max_length = {rollout.engine.max_length}; change one of them"
+            f"prompt in rollout.{engine}.max_length = {rollout.max_length}; change one of them"
         )
-    if 0 < learner.row_length < rollout.engine.max_length - 1:
+    if 0 < learner.row_length < rollout.max_length - 1:
         raise ValueError(
             f"learner.row_length is {learner.row_length}, too short for the longest sequence of "
-            f"rollout.engine.max_length = {rollout.engine.max_length} tokens; make it at least "
-            f"{rollout.engine.max_length - 1}, or 0"
+            f"rollout.{engine}.max_length = {rollout.max_length} tokens; make it at least "
+            f"{rollout.max_length - 1}, or 0"
         )
     if learner.old_logprobs == "none" and learner.mini_batches > 1 and loss.reads_old:
         raise ValueError(
@@ -155,6 +177,31 @@ def _check(config: RunConfig) -> None:
             "learner.old_logprobs to 'score', or anchor both on the sampler"
         )
     _check_watch(config)
+    _check_servers(config)
+
+
+def _check_servers(config: RunConfig) -> None:
+    """What the servers cannot do, or would do only to be refused at the loss."""
+    rollout, learner, evaluation = config.rollout, config.learner, config.evaluation
+    if not rollout.sglang.servers:
+        return
+    truncated = dataclasses.replace(
+        rollout.sampling(()), top_p=evaluation.top_p, top_k=evaluation.top_k
+    )
+    if reason := unscorable(truncated):
+        raise ValueError(
+            f"evaluation.top_p is {evaluation.top_p} and evaluation.top_k {evaluation.top_k}: "
+            f"{reason}"
+        )
+    spans = rollout.sglang.on_publish != "abort" and rollout.buffer.max_staleness > 0
+    replayed = learner.replay == "r3" and not rollout.sglang.keep_spanning_routes
+    if spans and replayed and learner.route_fallback == "error":
+        raise ValueError(
+            f"rollout.sglang.on_publish is {rollout.sglang.on_publish!r}: responses under way at a "
+            "publish span two versions and come without routes, which learner.replay r3 with "
+            "learner.route_fallback 'error' refuses; set route_fallback to 'live', on_publish to "
+            "'abort', or rollout.sglang.keep_spanning_routes"
+        )
 
 
 def _check_watch(config: RunConfig) -> None:

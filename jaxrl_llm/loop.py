@@ -24,13 +24,12 @@ import jax
 import numpy as np
 
 from jaxrl_llm.arrays import Metrics, TrainBatch
-from jaxrl_llm.assembly import Job, Progress, assemble, resume, save, start_rl
-from jaxrl_llm.collect import Timings, fill_buffer, timed
+from jaxrl_llm.assembly import Job, Progress, assemble, published, resume, save, start_rl
+from jaxrl_llm.collect import Timings, evaluated, fill_buffer, timed
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.collate import collate, collate_demonstrations, rows_needed
 from jaxrl_llm.data.demonstrations import make_demonstrations
 from jaxrl_llm.data.prompts import prompt_indices
-from jaxrl_llm.evaluate import evaluate
 from jaxrl_llm.learner.state import TrainState
 from jaxrl_llm.learner.step import prepare
 from jaxrl_llm.learner.watch import EarlyStop
@@ -38,6 +37,7 @@ from jaxrl_llm.losses.advantages import response_advantages
 from jaxrl_llm.losses.diagnostics import pool
 from jaxrl_llm.metrics import METRICS
 from jaxrl_llm.recovery import check_finite, respond
+from jaxrl_llm.rollout.engine import EngineError
 from jaxrl_llm.rollout.statistics import group_metrics
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group, Rollout
@@ -47,41 +47,48 @@ def run(config: RunConfig) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
     Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a
-    directory that holds another experiment, and CheckpointError for a damaged checkpoint. Raises
-    EarlyStop, with all records yielded and a checkpoint made, where the early warning ends it.
+    directory that holds another experiment, and CheckpointError for a damaged checkpoint. With all
+    records yielded and a checkpoint made, raises EarlyStop where the early warning ends the run and
+    EngineError where its servers do.
     """
     with contextlib.ExitStack() as stack:
         job = assemble(config, stack)
-        for records, progress in _steps(job, resume(job)):
-            for record in records:
-                job.log.write(record)
-            last = progress.step == job.last_step or bool(progress.stop)
-            if last or job.checkpoints.due(progress.step):
-                save(job, progress)
-            try:
+        progress = start = resume(job)
+        if start.failure:
+            raise start.failure
+        try:
+            for records, progress in _steps(job, start):
+                for record in records:
+                    job.log.write(record)
+                ended = progress.step == job.last_step or progress.stop or progress.failure
+                if ended or job.checkpoints.due(progress.step):
+                    save(job, progress)
                 yield from records
-            except GeneratorExit:
-                save(job, progress)
-                raise
-            if progress.stop:
-                raise EarlyStop(progress.stop)
+                if progress.failure:
+                    raise progress.failure
+                if progress.stop:
+                    raise EarlyStop(progress.stop)
+        except (GeneratorExit, EngineError):
+            # An engine fails before the update it was to serve: the last step's state is whole.
+            save(job, progress)
+            raise
 
 
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
     """All steps still to do, each with its records and the progress after it."""
     cold_steps = job.config.cold_start.steps
-    while progress.step < cold_steps:
-        record, progress = _cold_start_step(job, progress)
+    if progress.step == 0 and not cold_steps:
+        records, progress = evaluated(job, progress)
+        yield records, progress
+    while progress.step < job.last_step and not progress.failure:
+        cold = progress.step < cold_steps
+        record, progress = (_cold_start_step if cold else _rl_step)(job, progress)
         if progress.step < cold_steps:
             yield [record], progress
         else:
-            progress = start_rl(job, progress)
-            yield [record, *_evaluation(job, progress)], progress
-    if progress.step == 0:
-        yield _evaluation(job, progress), progress
-    while progress.step < job.last_step:
-        record, progress = _rl_step(job, progress)
-        yield [record, *_evaluation(job, progress)], progress
+            progress = start_rl(job, progress) if cold else progress
+            records, progress = evaluated(job, progress)
+            yield [record, *records], progress
 
 
 def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
@@ -89,12 +96,13 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
     config = job.config.cold_start
     timings: Timings = {}
     start = time.perf_counter()
-    indices = prompt_indices(len(job.train), progress.cursor, config.batch, job.config.seed)
+    drawn = progress.step * config.batch
+    indices = prompt_indices(len(job.train), drawn, config.batch, job.config.seed)
     demonstrations = make_demonstrations(
         [job.train[int(index)] for index in indices],
         job.tokenizer,
         corrupted_share=config.corrupted_share,
-        seed=job.seed("demonstrations", progress.cursor),
+        seed=job.seed("demonstrations", drawn),
     )
     batch = collate_demonstrations(
         demonstrations, rows=job.rows(config.batch), length=job.row_length, pack=False
@@ -105,9 +113,7 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
     check_finite(progress.step + 1, values, "lower cold_start.optimizer.learning_rate")
     timings["rate/learner_tokens_per_second"] = _tokens([batch]) / timings["seconds/update"]
     timings["seconds/step"] = time.perf_counter() - start
-    after = dataclasses.replace(
-        progress, step=progress.step + 1, cursor=progress.cursor + config.batch, state=state
-    )
+    after = dataclasses.replace(progress, step=progress.step + 1, state=state)
     return StepRecord("sft", after.step, values, timings), after
 
 
@@ -115,7 +121,7 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     """One rollout batch and the updates made from it."""
     timings: Timings = {}
     start = time.perf_counter()
-    progress, counts, events = fill_buffer(job, progress, timings)
+    counts, events = fill_buffer(job, progress, timings)
     version = job.version(progress)
     groups = progress.buffer.take(job.config.rollout.groups, version)
     batches = _mini_batches(job, groups, version)
@@ -133,7 +139,7 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
             remedy = f"{after.stop}; lower learner.optimizer.learning_rate"
         check_finite(after.step, values, remedy)
     with timed(timings, "seconds/publish"):
-        job.publish(after)
+        after = published(job, after)
 
     learning = timings["seconds/score"] + timings["seconds/update"]
     timings["rate/learner_tokens_per_second"] = _tokens(batches) / learning
@@ -238,33 +244,6 @@ def _update(
     with timed(timings, "seconds/update"):
         state, seen = train(state, batches[-1])
         return state, pool([*metrics, seen])
-
-
-def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
-    """The evaluation due after this step, if one is; before and after RL there always is one."""
-    done, every = progress.step - job.config.cold_start.steps, job.config.evaluation.every
-    due = done in (0, job.config.steps) or (every > 0 and done % every == 0)
-    if not due:
-        return []
-    timings: Timings = {}
-    with timed(timings, "seconds/evaluate"):
-        result = evaluate(
-            job.engine,
-            job.heldout,
-            job.verifier,
-            sampling=job.sampling,
-            config=job.config.evaluation,
-            seed=job.seed("evaluation"),
-        )
-    events = [
-        f"evaluation: the engine failed {n} requests ({c})" for c, n in result.failures.items()
-    ]
-    if raised := result.verdicts.get("error"):
-        events.append(f"evaluation: the verifier raised on {raised} responses (reward 0)")
-    record = StepRecord(
-        "eval", progress.step, result.metrics(), timings, tuple(events), result.groups
-    )
-    return [record]
 
 
 def _warnings(job: Job, values: Mapping[str, float]) -> tuple[str, ...]:

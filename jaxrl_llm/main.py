@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train | eval | report | first-order`.
+"""The command line: `jaxrl-llm train | eval | export | report | first-order`.
 
 What it is: argument parsing (tyro, from the frozen config dataclasses) and the handling of signals.
 What it is not: the job, which is loop.run. Everything heavy is imported inside the command that
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
@@ -48,6 +48,18 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a policy as a Hugging Face checkpoint, which SGLang and transformers read.
+
+    SOURCE is a run directory (its newest checkpoint) or a config (the weights it starts from).
+    """
+
+    source: tyro.conf.Positional[Path]  # run directory, or Python file with get_config()
+    folder: tyro.conf.Positional[Path]  # where to write; it must not hold weights yet
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the tensors
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """Draw the plots and the HTML page of a run directory; a run in progress too."""
 
@@ -66,6 +78,7 @@ class FirstOrder:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[FirstOrder, tyro.conf.subcommand("first-order")]
 )
@@ -85,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")
         if isinstance(command, Eval):
             return evaluate(command, console)
+        if isinstance(command, Export):
+            return export(command, console)
         if isinstance(command, Report):
             return report(command.run, console)
         if isinstance(command, FirstOrder):
@@ -150,6 +165,17 @@ def evaluate(command: Eval, console: Console) -> int:
     for name, value in result.metrics().items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
+    return 0
+
+
+def export(command: Export, console: Console) -> int:
+    """Write a policy as a Hugging Face checkpoint; see Export."""
+    from jaxrl_llm.config import load_config
+    from jaxrl_llm.export import export_policy
+
+    source = load_config(command.source) if command.source.is_file() else command.source
+    what = export_policy(source, command.folder, command.dtype)
+    console.print(f"Written: {command.folder}, {what}", soft_wrap=True)
     return 0
 
 

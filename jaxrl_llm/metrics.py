@@ -17,7 +17,23 @@ METRICS: dict[str, str] = {
     "rollout/verdict_*": "rollouts whose verdict had this cause [rollouts]",
     "rollout/failures": "requests that the inference engine failed [requests]",
     "rollout/dropped_groups": "groups dropped as too stale or too incomplete to train on [groups]",
+    "rollout/filtered_groups": "groups that rollout.filter kept from the learner [groups]",
+    "rollout/sampled_reward_mean": "mean reward of all that was verified in the step, before "
+    "filters and ages [reward]",
     "rollout/staleness": "mean of learner step minus weight version of a token [steps]",
+    # The servers, since the step before (rollout/sglang.py); the in-process engine has none.
+    "engine/servers": "servers in use [servers]",
+    "engine/rollouts": "rollouts that servers finished [rollouts]",
+    "engine/from_journal": "rollouts that an earlier process had finished [rollouts]",
+    "engine/spanning": "rollouts with tokens of two or more weight versions; their routes are not "
+    "replayed unless asked for [rollouts]",
+    "engine/resubmitted": "responses that a publish aborted, sampled again [requests]",
+    "engine/retries": "tries that a server failed, repeated [requests]",
+    "engine/servers_lost": "servers taken out [servers]",
+    "engine/update_retries": "weight updates repeated at a server [updates]",
+    "engine/bad_answers_*": "answers refused for this cause [requests]",
+    "engine/probe_error": "mean |server - learner| log-probability of the probe, largest among the "
+    "servers after the last publish [nats]",
     # What the policy looks like.
     "policy/entropy": "mean entropy of the token distribution at the sampling temperature [nats]",
     "policy/kl_sampler_old": "KL(mu || pi_old), mean of log mu - log pi_old; unbiased, "

@@ -21,7 +21,6 @@ from jaxrl_llm.assembly import CHECKPOINTS, Job, Progress
 from jaxrl_llm.learner.checkpoint import CheckpointError, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.learner.watch import observe
-from jaxrl_llm.rollout.buffer import RolloutBuffer
 
 
 class Response(NamedTuple):
@@ -124,13 +123,13 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     )
     if checkpoint is None:
         raise CheckpointError(f"{directory} has vanished while the run went on; restore it")
+    # What the condemned weights sampled goes too; what they have not finished is asked for again.
     dropped = len(progress.buffer)
-    buffer = RolloutBuffer(job.config.rollout.buffer)
-    buffer.dropped_stale = progress.buffer.dropped_stale
+    progress.buffer.clear()
+    job.under_way.cancel()
     after = dataclasses.replace(
         progress,
         state=checkpoint.state,
-        buffer=buffer,
         watch=progress.watch.after_action(since, progress.step),
     )
     return after, (

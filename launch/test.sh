@@ -9,5 +9,7 @@ ruff format --check .
 mypy
 # Compiled programs are kept between runs; the tests compile many small ones.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}"
+# The SGLang server that tests/sglang starts; quick where it is installed already.
+bash launch/sglang_cpu.sh --install
 # Two processes, each with whole files: what the tests of a file share is made once.
 exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from jaxrl_llm.losses.weights import ImportanceConfig
 from jaxrl_llm.metrics import describe
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
-from jaxrl_llm.rollout.engine import EngineFailure, Params, Request
+from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Params, Request
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import MeshConfig
@@ -335,7 +335,9 @@ class Faulty:
     def __init__(self, engine: LocalEngine, *, strip_routes: bool, fail: bool) -> None:
         self._engine, self._strip_routes, self._fail = engine, strip_routes, fail
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
+    overlaps = False
+
+    def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:
         for outcome in self._engine.generate(requests):
             assert isinstance(outcome, Rollout)
             if outcome.sample_index == 0 and self._strip_routes:
@@ -347,6 +349,9 @@ class Faulty:
 
     def publish(self, params: Params, version: int) -> None:
         self._engine.publish(params, version)
+
+    def report(self) -> EngineReport:
+        return self._engine.report()
 
     def close(self) -> None:
         self._engine.close()
@@ -369,10 +374,10 @@ class Faulty:
 def test_what_an_engine_leaves_out_is_counted_and_said(
     finished, tmp_path, monkeypatch, faults: dict, message: str
 ) -> None:
-    def faulty(config: RunConfig, tokenizer: object) -> Faulty:
+    def faulty(config: RunConfig, tokenizer: object, *_: object) -> Faulty:
         return Faulty(LocalEngine(config.rollout.engine, config.model, tokenizer.decode), **faults)
 
-    monkeypatch.setattr(assembly, "_engine", faulty)
+    monkeypatch.setattr(assembly, "make_engine", faulty)
     config = vary(finished[0], "learner", route_fallback="live")
     config = dataclasses.replace(config, run_dir=str(tmp_path / "run"), steps=1)
     record = next(r for r in run(config) if r.phase == "rl")
@@ -389,11 +394,11 @@ def test_a_rollout_without_routes_stops_r3_before_any_update(
 ) -> None:
     """The default of learner.route_fallback."""
 
-    def faulty(config: RunConfig, tokenizer: object) -> Faulty:
+    def faulty(config: RunConfig, tokenizer: object, *_: object) -> Faulty:
         engine = LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
         return Faulty(engine, strip_routes=True, fail=False)
 
-    monkeypatch.setattr(assembly, "_engine", faulty)
+    monkeypatch.setattr(assembly, "make_engine", faulty)
     config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"), steps=1)
     with pytest.raises(RouteError, match=r"sample 0: (\d+) of its \1 positions have no routes"):
         run(config)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.main import STOPPED_EARLY, main
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.buffer import BufferConfig
-from jaxrl_llm.rollout.engine import EngineFailure, Request
+from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Request
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import make_mesh
@@ -157,12 +157,17 @@ class Spy:
         self._engine = engine
         self.published: dict[int, Params] = {}
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
+    overlaps = False
+
+    def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:
         return self._engine.generate(requests)
 
     def publish(self, params: Params, version: int) -> None:
         self.published[version] = jax.tree.map(np.array, params)
         self._engine.publish(params, version)
+
+    def report(self) -> EngineReport:
+        return self._engine.report()
 
     def close(self) -> None:
         self._engine.close()
@@ -181,12 +186,12 @@ def rolled(tmp_path_factory: pytest.TempPathFactory) -> Rolled:
     config = vary(config, "rollout", buffer=BufferConfig(max_staleness=1))
     spies = []
 
-    def spy(config: RunConfig, tokenizer: Tokenizer) -> Spy:
+    def spy(config: RunConfig, tokenizer: Tokenizer, *_: object) -> Spy:
         spies.append(Spy(LocalEngine(config.rollout.engine, config.model, tokenizer.decode)))
         return spies[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assembly, "_engine", spy)
+        patch.setattr(assembly, "make_engine", spy)
         records = run(config)
     return Rolled(config, records, spies[0].published)
 

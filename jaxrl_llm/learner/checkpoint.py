@@ -26,7 +26,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxrl_llm.arrays import Array
 from jaxrl_llm.learner.state import TrainState
 
-FORMAT = "jaxrl_llm checkpoint 2"
+FORMAT = "jaxrl_llm checkpoint 3"
 
 
 class CheckpointError(ValueError):

@@ -15,8 +15,23 @@ from jaxrl_llm.types import Prompt, Rollout, SamplingParams
 Params = Mapping[str, Any]
 """The model's parameters, a pure nested dict of arrays (see model/transformer.py)."""
 
-FailureCause = Literal["too_long", "bad_token", "not_finite"]
-"""Why there is no rollout: it cannot fit, a token id is outside the vocabulary, or NaN came out."""
+FailureCause = Literal[
+    "too_long",  # prompt and response cannot fit
+    "bad_token",  # a token id is outside the vocabulary
+    "unscorable",  # sampling settings whose distribution the engine cannot report
+    "not_finite",  # NaN came out
+    "refused",  # the server calls the request itself wrong
+    "unreachable",  # no server answered in all attempts
+    "timeout",  # no answer within the deadline, in all attempts
+    "bad_answer",  # not the answer of a server that keeps the protocol
+    "bad_routes",  # routes that must not be replayed (types.RouteError)
+    "wrong_version",  # sampled by weights that were not published by this run
+]
+"""Why a request has no rollout."""
+
+
+class EngineError(ValueError):
+    """The run cannot go on: no server is left, or one does not hold the weights it should."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +66,39 @@ class EngineFailure:
     message: str  # what happened and what to change, for the run log
 
 
+@dataclasses.dataclass(frozen=True)
+class EngineReport:
+    """What an engine did and met since its last report, for the run log."""
+
+    metrics: Mapping[str, float]  # engine/*
+    events: tuple[str, ...]  # retries, servers lost and found; no secrets
+
+
+class Responses(Protocol):
+    """The outcomes of some requests, as they finish: an iterator that can be closed."""
+
+    def __iter__(self) -> Iterator[Rollout | EngineFailure]: ...
+
+    def __next__(self) -> Rollout | EngineFailure: ...
+
+    def close(self) -> None:
+        """Abandon what is unfinished; the engine stays usable."""
+        ...
+
+
 class Engine(Protocol):
     """A sampler of responses."""
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
+    @property
+    def overlaps(self) -> bool:
+        """Whether it samples while the caller does something else than to ask for the next item."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> Responses:
         """Sample every request; yields one Rollout or EngineFailure each, as they finish.
 
-        Closing the iterator early abandons what is unfinished and leaves the engine usable.
+        An engine that overlaps begins at this call, another one when the first item is asked for.
+        Raises EngineError where no request can be served any more.
         """
         ...
 
@@ -65,8 +106,13 @@ class Engine(Protocol):
         """Sample from these weights from now on.
 
         The engine keeps no reference to `params`: the learner may donate them afterwards. Tokens
-        of responses already under way carry the version that sampled them.
+        of responses already under way carry the version that sampled them. Raises EngineError if
+        the weights cannot reach where they are needed.
         """
+        ...
+
+    def report(self) -> EngineReport:
+        """What happened since the last call."""
         ...
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.decode import Cache, Decoded, Slots, decode, empty_cache, prefill
-from jaxrl_llm.rollout.engine import EngineFailure, Params, Request, refusal
+from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Params, Request, refusal
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
 from jaxrl_llm.rollout.routes import with_routes
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
@@ -205,7 +205,7 @@ class LocalEngine:
         own = jax.device_put(dict(params), self._device, may_alias=False)
         self._published = _Published(pack_weights(own, numerics=self._numerics), version)
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
+    def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:
         """See Engine.generate. All state of the call is its own: several may be open at once.
 
         Raises RuntimeError if no weights were published.
@@ -240,6 +240,15 @@ class LocalEngine:
                     row.take_prompt(start, chosen)
             for row in table.absorb(jax.device_get(decoded), published.version):
                 yield row.result(self._decode_text)
+
+    @property
+    def overlaps(self) -> bool:
+        """False: it works while the next item is waited for, on a device of the learner's host."""
+        return False
+
+    def report(self) -> EngineReport:
+        """Nothing: what can happen to it is an EngineFailure."""
+        return EngineReport({}, ())
 
     def close(self) -> None:
         """Release the weights."""

@@ -5,7 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from jaxrl_llm.rollout.buffer import BufferConfig, GroupAssembler, RolloutBuffer, group_version
+from jaxrl_llm.rollout.buffer import (
+    BufferConfig,
+    Finished,
+    GroupAssembler,
+    RolloutBuffer,
+    group_version,
+)
 from jaxrl_llm.rollout.engine import EngineFailure
 from jaxrl_llm.types import NOT_SAMPLED, Group, Prompt, Rollout, bind_routes
 from tests.rollout.engines import assert_same
@@ -34,7 +40,7 @@ def rollout(name: str, index: int, versions: tuple[int, ...] = (0, 0)) -> Rollou
 
 
 def failure(name: str, index: int) -> EngineFailure:
-    return EngineFailure(name, index, "too_long", "")
+    return EngineFailure(name, index, "too_long", f"words of {index}")
 
 
 def group(name: str, version: int) -> Group:
@@ -47,54 +53,70 @@ def names(groups: tuple[Group, ...]) -> list[str]:
 
 def test_a_group_is_complete_with_its_last_outcome_and_ordered() -> None:
     assembler = GroupAssembler()
-    for name in "ab":
-        assembler.expect(prompt(name), 3)
+    for draw, name in enumerate("ab", start=7):
+        assembler.expect(draw, prompt(name), 3)
+    assert assembler.draws == {7, 8}
     arrivals = [("a", 2), ("b", 0), ("a", 0), ("b", 2), ("b", 1)]
-    groups = [assembler.add(rollout(*arrival)) for arrival in arrivals]
-    assert groups[:4] == [None] * 4
-    assert groups[4] is not None
-    assert [r.sample_index for r in groups[4].rollouts] == [0, 1, 2]
-    assert groups[4].prompt.prompt_id == "b"
-    assert len(assembler) == 1
+    results = [assembler.add(rollout(*arrival)) for arrival in arrivals]
+    assert results[:4] == [None] * 4
+    assert results[4] is not None
+    draw, group = results[4]
+    assert draw == 8
+    assert group is not None
+    assert [r.sample_index for r in group.rollouts] == [0, 1, 2]
+    assert group.prompt.prompt_id == "b"
+    assert assembler.draws == {7}
     assert assembler.add(rollout("a", 1)) is not None
-    assert len(assembler) == 0
+    assert not assembler.draws
 
 
 def test_a_failure_costs_one_rollout_and_is_counted() -> None:
     assembler = GroupAssembler()
-    assembler.expect(prompt("a"), 3)
+    assembler.expect(0, prompt("a"), 3)
     assert assembler.add(rollout("a", 0)) is None
     assert assembler.add(rollout("a", 2)) is None
-    short = assembler.add(failure("a", 1))
+    finished = assembler.add(failure("a", 1))
+    assert finished is not None
+    short = finished.group
     assert short is not None
     assert [r.sample_index for r in short.rollouts] == [0, 2]
-    assert dict(assembler.failures) == {"too_long": 1}
-    assert assembler.dropped_groups == 0
+    assert assembler.take_losses() == ({"too_long": 1}, {"too_long": "words of 1"}, 0)
+    assert assembler.take_losses() == ({}, {}, 0)
 
 
 def test_a_group_of_fewer_than_two_is_dropped_and_counted() -> None:
     assembler = GroupAssembler()
-    assembler.expect(prompt("a"), 3)
+    assembler.expect(0, prompt("a"), 3)
     outcomes = [failure("a", 0), rollout("a", 1), failure("a", 2)]
-    assert [assembler.add(outcome) for outcome in outcomes] == [None] * 3
-    assert dict(assembler.failures) == {"too_long": 2}
-    assert assembler.dropped_groups == 1
-    assert len(assembler) == 0
+    assert [assembler.add(outcome) for outcome in outcomes] == [None, None, Finished(0, None)]
+    assert assembler.take_losses() == ({"too_long": 2}, {"too_long": "words of 0"}, 1)
+    assert not assembler.draws
 
 
 def test_a_prompt_may_be_pending_twice() -> None:
     assembler = GroupAssembler()
-    assembler.expect(prompt("a"), 2)
-    assembler.expect(prompt("a"), 2)
-    groups = [assembler.add(rollout("a", index)) for index in (0, 0, 1, 1)]
-    assert [g is not None for g in groups] == [False, False, True, True]
-    assert len(assembler) == 0
+    assembler.expect(3, prompt("a"), 2)
+    assembler.expect(9, prompt("a"), 2)
+    results = [assembler.add(rollout("a", index)) for index in (0, 0, 1, 1)]
+    assert [result and result.draw for result in results] == [None, None, 3, 9]
+    assert not assembler.draws
+
+
+def test_what_is_abandoned_is_not_awaited() -> None:
+    assembler = GroupAssembler()
+    assembler.expect(0, prompt("a"), 2)
+    assembler.add(failure("a", 0))
+    assembler.abandon()
+    assert not assembler.draws
+    assert assembler.take_losses().failures == {"too_long": 1}
+    assembler.expect(0, prompt("a"), 2)
+    assert [assembler.add(rollout("a", i)) is None for i in range(2)] == [True, False]
 
 
 @pytest.mark.parametrize("outcome", [rollout("a", 2), rollout("b", 0), failure("a", 0)])
 def test_an_outcome_that_nobody_awaits_is_an_error(outcome: Rollout | EngineFailure) -> None:
     assembler = GroupAssembler()
-    assembler.expect(prompt("a"), 2)
+    assembler.expect(0, prompt("a"), 2)
     assembler.add(rollout("a", 0))
     with pytest.raises(ValueError, match="does not await sample"):
         assembler.add(outcome)
@@ -102,7 +124,7 @@ def test_an_outcome_that_nobody_awaits_is_an_error(outcome: Rollout | EngineFail
 
 def test_a_group_of_one_cannot_be_expected() -> None:
     with pytest.raises(ValueError, match="samples is 1"):
-        GroupAssembler().expect(prompt("a"), 1)
+        GroupAssembler().expect(0, prompt("a"), 1)
 
 
 def test_a_group_is_as_old_as_its_oldest_token() -> None:
@@ -110,15 +132,48 @@ def test_a_group_is_as_old_as_its_oldest_token() -> None:
     assert group_version(mixed) == 3
 
 
-def test_take_is_first_in_first_out_and_leaves_the_rest() -> None:
-    buffer = RolloutBuffer(BufferConfig())
-    for name in "abc":
-        buffer.put(group(name, 4))
+def filled(max_staleness: int, *arrivals: tuple[int, int]) -> RolloutBuffer:
+    """A buffer into which the groups of these (draw, version) came in this order."""
+    buffer = RolloutBuffer(BufferConfig(max_staleness), drawn=0)
+    buffer.draw(max(draw for draw, _ in arrivals) + 1)
+    for draw, version in arrivals:
+        buffer.settle(draw, group("abcd"[draw], version))
+    return buffer
+
+
+def test_groups_leave_in_the_order_of_their_draws() -> None:
+    buffer = filled(0, (1, 4), (2, 4), (0, 4))
     assert names(buffer.take(2, current_version=4)) == ["a", "b"]
     assert len(buffer) == 1
     assert names(buffer.take(2, current_version=4)) == ["c"]
     assert buffer.take(2, current_version=4) == ()
     assert buffer.dropped_stale == 0
+
+
+def test_a_draw_is_pending_until_it_is_settled_once() -> None:
+    buffer = RolloutBuffer(BufferConfig(), drawn=5)
+    assert buffer.draw(2) == (5, 6)
+    assert buffer.draw(1) == (7,)
+    buffer.settle(6, None)
+    assert buffer.pending == {5, 7}
+    buffer.settle(5, group("a", 0))
+    assert (buffer.pending, len(buffer), buffer.drawn) == ({7}, 1, 8)
+    for draw in (5, 6, 8):
+        with pytest.raises(ValueError, match=f"draw {draw} is not pending"):
+            buffer.settle(draw, None)
+
+
+def test_groups_are_ready_when_no_earlier_draw_is_pending() -> None:
+    buffer = RolloutBuffer(BufferConfig(), drawn=0)
+    buffer.draw(4)
+    ready = []
+    for draw in (1, 2, 0):
+        buffer.settle(draw, group("abcd"[draw], 0))
+        ready.append([buffer.ready(count) for count in (1, 2, 3, 4)])
+    assert ready == [[False] * 4, [False] * 4, [True, True, True, False]]
+    buffer.settle(3, None)
+    assert buffer.ready(3)
+    assert not buffer.ready(4)
 
 
 @pytest.mark.parametrize(
@@ -127,22 +182,25 @@ def test_take_is_first_in_first_out_and_leaves_the_rest() -> None:
 def test_stale_groups_are_dropped_and_counted(
     max_staleness: int, taken: list[str], dropped: int
 ) -> None:
-    buffer = RolloutBuffer(BufferConfig(max_staleness))
-    for name, version in [("a", 3), ("b", 5), ("c", 6), ("d", 4)]:
-        buffer.put(group(name, version))
+    buffer = filled(max_staleness, (0, 3), (1, 5), (2, 6), (3, 4))
     assert names(buffer.take(2, current_version=6)) == taken
     assert buffer.dropped_stale == dropped
     assert len(buffer) == 4 - dropped - len(taken)
 
 
+def test_a_cleared_buffer_keeps_what_is_pending() -> None:
+    buffer = filled(0, (0, 3), (2, 3))
+    buffer.clear()
+    assert (len(buffer), buffer.pending, buffer.drawn) == (0, {1}, 3)
+
+
 def test_the_state_survives_json_exactly() -> None:
-    buffer = RolloutBuffer(BufferConfig(max_staleness=1))
-    for name, version in [("a", 3), ("b", 5), ("c", 6)]:
-        buffer.put(group(name, version))
+    buffer = filled(1, (0, 3), (3, 6), (1, 5))
     buffer.take(1, current_version=6)
     stored = json.loads(json.dumps(buffer.to_json()))
     restored = RolloutBuffer.from_json(BufferConfig(max_staleness=1), stored)
     assert restored.dropped_stale == buffer.dropped_stale == 1
+    assert (restored.drawn, restored.pending) == (buffer.drawn, buffer.pending) == (4, {2})
     assert restored.to_json() == buffer.to_json()
     (ours,), (theirs,) = (b.take(5, current_version=6) for b in (restored, buffer))
     for left, right in zip(ours.rollouts, theirs.rollouts, strict=True):
@@ -150,7 +208,12 @@ def test_the_state_survives_json_exactly() -> None:
         assert (left.reward, left.verdict) == (right.reward, right.verdict)
 
 
-@pytest.mark.parametrize("value", [{}, {"groups": []}, {"groups": [{}], "dropped_stale": 0}])
+COUNTS = {"drawn": 1, "pending": [], "dropped_stale": 0}
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"groups": []}, {**COUNTS, "groups": [{}]}, {**COUNTS, "groups": [[0, {}]]}]
+)
 def test_a_foreign_state_is_refused(value: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not a stored"):
         RolloutBuffer.from_json(BufferConfig(), value)

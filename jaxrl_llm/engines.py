@@ -1,0 +1,82 @@
+"""The engine of a job: SGLang servers where the config names some, else the in-process engine.
+
+What it is: the learner's side of the servers put together, which is how weights leave it, what it
+expects of a server that has them, and where finished rollouts are kept until a checkpoint has them.
+What it is not: an engine (rollout/).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+from jax.sharding import Mesh
+
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.data.tokenizer import Tokenizer
+from jaxrl_llm.learner.probe import make_probe_score
+from jaxrl_llm.learner.publish import Publisher
+from jaxrl_llm.rollout.engine import Engine, Request
+from jaxrl_llm.rollout.journal import Journal
+from jaxrl_llm.rollout.local import LocalEngine
+from jaxrl_llm.rollout.sglang import LearnerSide, SGLangEngine
+from jaxrl_llm.types import Prompt
+
+WEIGHTS, IN_FLIGHT = "weights", "in_flight"
+"""Folders of a run directory: weights published to servers, and rollouts in no checkpoint yet."""
+
+CONTEXT_MARGIN = 8
+"""Tokens of a served model's context beyond the longest sequence: SGLang ends responses 2 early."""
+
+PROBE_TOKENS = 16
+"""Tokens that a server samples after each publish for the learner to compare, at most."""
+
+
+def make_journal(config: RunConfig) -> Journal | None:
+    """Where the run's finished rollouts are kept until a checkpoint has them, if they are."""
+    if not (config.rollout.sglang.servers and config.rollout.sglang.journal):
+        return None
+    return Journal(config.directory / IN_FLIGHT, config.rollout.buffer.max_staleness)
+
+
+def make_engine(
+    config: RunConfig, tokenizer: Tokenizer, prompt: Prompt, mesh: Mesh, journal: Journal | None
+) -> Engine:
+    """The engine, still without weights.
+
+    Args:
+      prompt: any real one; servers are probed with it.
+      mesh: of the learner.
+      journal: of make_journal, or None to keep nothing.
+
+    Raises EngineError naming a server that cannot be reached or cannot serve this run.
+    """
+    rollout, model = config.rollout, config.model
+    if not rollout.sglang.servers:
+        return LocalEngine(rollout.engine, model, tokenizer.decode)
+    publisher = Publisher(
+        rollout.publish,
+        model,
+        rollout.publish.folder or str((config.directory / WEIGHTS).absolute()),
+        stop_token_ids=tokenizer.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=rollout.max_length + CONTEXT_MARGIN,
+    )
+    # No stop tokens: the probe has the same number of tokens whatever the weights.
+    sampling = dataclasses.replace(
+        rollout.sampling(()), max_new_tokens=min(PROBE_TOKENS, rollout.max_new_tokens)
+    )
+    length = prompt.tokens.size + sampling.max_new_tokens
+    learner = LearnerSide(
+        write=publisher.publish,
+        score=make_probe_score(model, config.learner.compute, mesh, length=length),
+        probe=Request(prompt, 0, zlib.crc32(b"probe"), sampling),
+    )
+    return SGLangEngine(
+        rollout.sglang,
+        model,
+        tokenizer.decode,
+        learner=learner,
+        routes=config.learner.replay == "r3",
+        journal=journal,
+    )

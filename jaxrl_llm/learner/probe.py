@@ -1,0 +1,62 @@
+"""What the learner says about one sequence, to hold a server's answer against.
+
+What it is: the log-probabilities of a few tokens under the current parameters, computed as the
+score step computes them. What it is not: the comparison (rollout/sglang.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl_llm.arrays import Array
+from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.logprobs import token_logprobs
+from jaxrl_llm.model.transformer import Params, make_forward, unembed
+from jaxrl_llm.sharding import batch_sharding
+
+ProbeScore = Callable[[Params, np.ndarray, float], np.ndarray]
+"""(parameters, tokens i32[T], temperature) -> f32[S], log-probabilities of tokens[1:] in nats."""
+
+
+def make_probe_score(
+    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, length: int
+) -> ProbeScore:
+    """A scorer of single sequences of at most `length` tokens, with the learner's own routing.
+
+    It compiles once for each temperature. Raises ValueError for a longer sequence.
+    """
+    forward = make_forward(model, compute, mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]  # copies of the sequence: rows must split
+
+    @partial(jax.jit, static_argnames="temperature")
+    def score(params: Params, tokens: Array, segment_ids: Array, *, temperature: float) -> Array:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        positions = jnp.broadcast_to(jnp.arange(length - 1), inputs.shape)
+        output = forward(params, inputs, positions, segment_ids, None)
+        logprobs, _ = token_logprobs(
+            output.hidden,
+            unembed(params, model),
+            targets,
+            temperature=temperature,
+            chunk=compute.logprob_chunk,
+        )
+        return logprobs[0]
+
+    def probe(params: Params, tokens: np.ndarray, temperature: float) -> np.ndarray:
+        if not 2 <= tokens.size <= length:
+            raise ValueError(f"the probe has {tokens.size} tokens; it may have 2 to {length}")
+        positions = tokens.size - 1
+        padded = np.zeros((rows, length), np.int32)
+        padded[:, : tokens.size] = tokens
+        segment_ids = np.zeros((rows, length - 1), np.int32)
+        segment_ids[:, :positions] = 1
+        split = jax.device_put((padded, segment_ids), batch_sharding(mesh))
+        return np.asarray(score(params, *split, temperature=temperature))[:positions]
+
+    return probe

@@ -1,0 +1,212 @@
+"""Finished rollouts on disk, until a checkpoint has them: a killed learner samples nothing twice.
+
+What it is: a folder with one file of JSON lines for each weight version, and the rule which of them
+a later process may use. A rollout is used again for the very same request (prompt, sample, seed and
+sampling settings), and only if the weights that sampled each of its tokens are the run's own: known
+by label, which is a digest of them, not by version, which a resumed run counts anew.
+
+    labels.jsonl         {"version": 12, "label": "v12-3fa9.."}, as published, the last one counts
+    000012.jsonl         {"key": .., "labels": {"12": "v12-3fa9.."}, "group": ..}, newest token's
+
+What it is not: a checkpoint, which holds the groups that the learner has taken. Lines reach the
+operating system before add() returns, so they outlive the process, if not the machine. It never
+imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.rollout.engine import EngineError, Request
+from jaxrl_llm.types import Group, Rollout, group_from_json, group_to_json
+
+LABELS = "labels.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A recorded rollout: routes take megabytes, so only its place is held in memory."""
+
+    labels: Mapping[int, str]  # of every version that sampled one of its tokens
+    path: Path
+    start: int  # bytes
+    size: int
+
+
+class Journal:
+    """See the module. One process writes a folder; its threads may share the journal."""
+
+    def __init__(self, folder: Path, max_staleness: int = 0) -> None:
+        """Reads what earlier processes left; a last line that a kill cut short is removed.
+
+        Args:
+          folder: made if missing.
+          max_staleness: versions that a rollout's oldest token may lag behind, see find().
+
+        Raises ValueError, naming file and line, for a line that no journal wrote.
+        """
+        self._folder = folder
+        self._max_staleness = max_staleness
+        self._lock = threading.Lock()
+        self._entries: dict[str, list[_Entry]] = {}  # by key, oldest first
+        self._recorded: dict[int, str] = {}  # version -> last label, of earlier processes
+        self._published: dict[int, str] = {}  # version -> last label, of this process
+        self._resumed: int | None = None  # version of the first publication
+        self._current: int | None = None  # version of the last publication
+        folder.mkdir(parents=True, exist_ok=True)
+        for _, _, line in _lines(folder / LABELS, {"version", "label"}):
+            self._recorded[line["version"]] = line["label"]
+        for path in self._files():
+            for start, size, line in _lines(path, {"key", "labels", "group"}):
+                labels = {int(version): label for version, label in line["labels"].items()}
+                self._entries.setdefault(line["key"], []).append(_Entry(labels, path, start, size))
+
+    def __len__(self) -> int:
+        """Number of rollouts held."""
+        with self._lock:
+            return sum(len(entries) for entries in self._entries.values())
+
+    def published(self, label: str, version: int) -> None:
+        """Weights went out: `version` means those of `label` from now on."""
+        with self._lock:
+            _append(self._folder / LABELS, {"version": version, "label": label})
+            self._published[version] = label
+            self._current = version
+            if self._resumed is None:
+                self._resumed = version
+
+    def add(self, request: Request, rollout: Rollout) -> None:
+        """Record a finished rollout before anyone takes it.
+
+        Raises:
+          ValueError: a token's version was never published.
+          EngineError: the folder cannot be written.
+        """
+        with self._lock:
+            versions = np.unique(rollout.weight_version[rollout.loss_mask]).tolist()
+            unknown = [version for version in versions if version not in self._published]
+            if unknown:
+                raise ValueError(
+                    f"{rollout.name}: weight versions {unknown} were not published by this "
+                    f"process; it published {sorted(self._published)}"
+                )
+            labels = {version: self._published[version] for version in versions}
+            path = self._folder / f"{versions[-1]:06}.jsonl"
+            key = _key(request)
+            group = group_to_json(Group(request.prompt, (rollout,)))
+            start, size = _append(path, {"key": key, "labels": labels, "group": group})
+            self._entries.setdefault(key, []).append(_Entry(labels, path, start, size))
+
+    def find(self, request: Request) -> Rollout | None:
+        """The newest recorded rollout of this very request that may be used now, or None.
+
+        It may if the current weights sampled all of it. Until the second publication of a process,
+        older tokens may be among them: not staler than max_staleness, and of weights that the run
+        resumed from. Later, a request that comes again is one of its own (an evaluation repeats
+        its seeds), not one that was in flight when the learner was killed.
+
+        Raises ValueError for a rollout of another prompt under the same prompt_id.
+        """
+        with self._lock:
+            entries = self._entries.get(_key(request), [])
+            entry = next((e for e in reversed(entries) if self._usable(e)), None)
+            if entry is None:
+                return None
+            with entry.path.open("rb") as file:
+                file.seek(entry.start)
+                line = json.loads(file.read(entry.size))
+        group = group_from_json(line["group"])
+        if not np.array_equal(group.prompt.tokens, request.prompt.tokens):
+            raise ValueError(
+                f"{entry.path} holds a rollout of prompt {request.prompt.prompt_id!r} with other "
+                "tokens; the data or the tokenizer changed: remove the folder"
+            )
+        return group.rollouts[0]
+
+    def forget(self, version_below: int) -> None:
+        """Delete rollouts whose newest token is older: no request can ask for them any more."""
+        with self._lock:
+            for path in self._files():
+                if int(path.stem) < version_below:
+                    path.unlink()
+            kept = {
+                key: [entry for entry in entries if max(entry.labels) >= version_below]
+                for key, entries in self._entries.items()
+            }
+            self._entries = {key: entries for key, entries in kept.items() if entries}
+
+    def _usable(self, entry: _Entry) -> bool:
+        current, resumed = self._current, self._resumed
+        if current is None or resumed is None:
+            return False
+        # Of a version that this process did not publish, the last label on disk is that of the
+        # weights which the run went through; newer ones than the current are refused below.
+        known = self._recorded | self._published
+        if any(known.get(version) != label for version, label in entry.labels.items()):
+            return False
+        oldest, newest = min(entry.labels), max(entry.labels)
+        if oldest == newest == current:
+            return True
+        return current == resumed and current - self._max_staleness <= oldest <= newest <= current
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("*.jsonl") if path.name != LABELS)
+
+
+def _key(request: Request) -> str:
+    """Everything that fixes a response but the weights."""
+    return json.dumps(
+        [
+            request.prompt.prompt_id,
+            request.sample_index,
+            request.seed,
+            dataclasses.asdict(request.sampling),
+        ]
+    )
+
+
+def _append(path: Path, value: dict[str, Any]) -> tuple[int, int]:
+    """Write a line; returns where it begins and its size in bytes. All of it, or nothing."""
+    data = json.dumps(value).encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as file:
+            start = file.tell()
+            if file.write(data) != len(data):
+                os.ftruncate(file.fileno(), start)
+                raise OSError(f"only part of {len(data)} bytes could be written")
+    except OSError as error:
+        raise EngineError(
+            f"the journal of rollouts cannot write {path}: {error}; free the disk or set "
+            "journal to False, which samples again what a killed learner had not stored"
+        ) from error
+    return start, len(data)
+
+
+def _lines(path: Path, keys: Collection[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(first byte, bytes, value) of every line; what follows the last newline is cut off."""
+    if not path.exists():
+        return
+    start = 0
+    with path.open("r+b") as file:
+        for number, data in enumerate(file, 1):
+            if not data.endswith(b"\n"):
+                os.ftruncate(file.fileno(), start)
+                return
+            try:
+                value = json.loads(data)
+                if set(value) != keys:
+                    raise ValueError(f"its fields are {sorted(value)}; expected {sorted(keys)}")
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}; the file is damaged: remove it"
+                ) from error
+            yield start, len(data), value
+            start += len(data)

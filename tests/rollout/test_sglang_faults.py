@@ -1,0 +1,648 @@
+"""What goes wrong with servers, one test a fault: the run goes on with what is left, or says why.
+
+Times are bounds here, not waits: a fault is seen by the connection, the answer or the probe, unless
+the test is about a deadline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jaxrl_llm.model.config import MoEConfig
+from jaxrl_llm.rollout.engine import EngineError, EngineFailure
+from jaxrl_llm.rollout.sglang import SGLangEngine
+from tests.rollout import fake_faults
+from tests.rollout.fake_faults import Edit, Fault, FaultKind
+from tests.rollout.fake_sglang import FakeServer
+from tests.rollout.sglang_engines import (
+    CONFIG,
+    MODEL,
+    SAMPLER,
+    Learner,
+    check_sampled_by,
+    engine,
+    release_at_update,
+    requests,
+    rollouts,
+    sampling_bodies,
+    wait_until,
+)
+
+UPDATE = "/update_weights_from_disk"
+
+# Lost servers are looked for often, and a server is asked again at once.
+WATCHFUL = dataclasses.replace(CONFIG, health_seconds=0.5)
+# Nothing comes back, and a wait without any server is short.
+ALONE = dataclasses.replace(CONFIG, update_seconds=0.5)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer(SAMPLER) as server:
+        yield server
+
+
+@pytest.fixture
+def other() -> Iterator[FakeServer]:
+    with FakeServer(SAMPLER) as server:
+        yield server
+
+
+@pytest.fixture
+def one(server: FakeServer, tmp_path: Path) -> Iterator[SGLangEngine]:
+    """One server with weights, which is asked again at once."""
+    with engine([server], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        yield made
+
+
+@pytest.fixture
+def two(server: FakeServer, other: FakeServer, tmp_path: Path) -> Iterator[SGLangEngine]:
+    """Two servers with weights."""
+    with engine([server, other], tmp_path) as made:
+        made.publish("one", 0)
+        yield made
+
+
+def failures(outcomes: Any) -> list[EngineFailure]:
+    found = list(outcomes)
+    assert all(isinstance(outcome, EngineFailure) for outcome in found), found
+    return found
+
+
+# --- servers that vanish
+
+
+def test_killed_while_it_samples(
+    two: SGLangEngine, server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    server.hold(2)
+    outcomes = two.generate(requests(4, 2))
+    server.wait_held(4)
+    server.stop()
+    check_sampled_by(rollouts(outcomes), "one", 0, tmp_path)
+    report = two.report()
+    assert report.metrics["engine/servers"] == 1
+    assert report.metrics["engine/servers_lost"] == 1
+    assert report.metrics["engine/retries"] == 4
+    assert [e for e in report.events if e.startswith(f"{server.url} was taken out: ")]
+    assert len(sampling_bodies(other)) == 8
+
+
+def test_the_last_one_killed(server: FakeServer, other: FakeServer, tmp_path: Path) -> None:
+    with engine([server, other], tmp_path, ALONE) as made:
+        made.publish("one", 0)
+        server.hold(2)
+        other.hold(2)
+        outcomes = made.generate(requests(4))
+        server.wait_held(2)
+        other.wait_held(2)
+        server.stop()
+        other.stop()
+        with pytest.raises(EngineError, match=r"no server was in use for 0\.5 s") as caught:
+            list(outcomes)
+        assert list(outcomes) == []
+    for each in (server, other):
+        assert f"{each.url}: health check: {each.url}/health: " in str(caught.value)
+
+
+def test_killed_and_restarted_with_old_weights(
+    one: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    """It is not believed, but updated and probed, and then used."""
+    server.hold(2)
+    outcomes = one.generate(requests(3, 2))
+    server.wait_held(6)
+    server.stop()
+    server.restart()
+    check_sampled_by(rollouts(outcomes), "one", 0, tmp_path)
+    assert server.weight_version == "v0-one"
+
+
+def test_restarted_with_old_weights_between_requests(
+    two: SGLangEngine, server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    server.stop()
+    server.restart()
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+    report = two.report()
+    assert report.metrics["engine/bad_answers_wrong_version"] >= 1
+    assert report.metrics["engine/servers"] == 1
+    assert "tokens were sampled by weights labelled ['default']" in " ".join(report.events)
+    two.publish("two", 1)
+    check_sampled_by(rollouts(two.generate(requests(4))), "two", 1, tmp_path)
+    assert two.report().metrics["engine/servers"] == 2
+    assert server.weight_version == "v1-two"
+
+
+def test_a_health_check_sees_that_a_server_was_restarted(
+    one: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    server.stop()
+    server.restart()
+    wait_until(lambda: server.weight_version == "v0-one")
+    check_sampled_by(rollouts(one.generate(requests(2))), "one", 0, tmp_path)
+    assert one.report().metrics["engine/retries"] == 0
+
+
+def test_a_server_that_comes_back_with_wrong_weights_is_not_used(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    with engine([server, other], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        updates = len(server.bodies(UPDATE))
+        server.add(Fault(UPDATE, "keep_weights"))
+        server.stop()
+        server.restart()
+        server.wait_requests(UPDATE, updates + 3)  # it was tried, found wrong, and tried again
+        assert made.report().metrics["engine/servers"] == 1
+        server.clear_faults()
+        wait_until(lambda: made.report().metrics["engine/servers"] == 2)
+        check_sampled_by(rollouts(made.generate(requests(4))), "one", 0, tmp_path)
+
+
+def test_refusing_connections_at_the_start(other: FakeServer, tmp_path: Path) -> None:
+    with FakeServer(SAMPLER) as gone:
+        pass
+    with pytest.raises(EngineError) as caught:
+        engine([gone, other], tmp_path).__enter__()
+    assert f"{gone.url}/continue_generation: ConnectError" in str(caught.value)
+    assert other.url not in str(caught.value)
+    assert not [thread for thread in threading.enumerate() if thread.name == "sglang"]
+
+
+def test_refusing_connections_later(two: SGLangEngine, server: FakeServer, tmp_path: Path) -> None:
+    server.stop()
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+    two.publish("two", 1)
+    check_sampled_by(rollouts(two.generate(requests(4))), "two", 1, tmp_path)
+    assert two.report().metrics["engine/servers"] == 1
+
+
+# --- servers that hang, or are slow
+
+
+def test_hung(server: FakeServer, other: FakeServer, tmp_path: Path) -> None:
+    """Its requests would wait request_seconds; the health check is sooner."""
+    with engine([server, other], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        server.add(Fault("/generate", "hang"))
+        server.add(Fault("/health", "hang"))
+        server.add(Fault("/pause_generation", "hang"))  # no coming back either
+        check_sampled_by(rollouts(made.generate(requests(4))), "one", 0, tmp_path)
+        report = made.report()
+    assert f"{server.url} was taken out: health check: " in " ".join(report.events)
+    assert "gave no answer in 0.5 s" in " ".join(report.events)
+
+
+def test_hung_but_well_by_its_own_account(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIG, request_seconds=1, attempts=2)
+    with engine([server, other], tmp_path, config) as made:
+        made.publish("one", 0)
+        server.add(Fault("/generate", "hang"))
+        check_sampled_by(rollouts(made.generate(requests(4))), "one", 0, tmp_path)
+        report = made.report()
+        rids = {body["rid"] for body in sampling_bodies(server)}
+        wait_until(lambda: {body["rid"] for body in server.bodies("/abort_request")} == rids)
+    assert report.metrics["engine/servers"] == 1
+    assert "2 failed requests in a row" in " ".join(report.events)
+
+
+def test_hung_and_there_is_no_other(server: FakeServer, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, request_seconds=0.5, attempts=1)
+    with engine([server], tmp_path, config) as made:
+        made.publish("one", 0)
+        server.add(Fault("/generate", "hang"))
+        (failed,) = failures(made.generate(requests(1)))
+    assert failed.cause == "timeout"
+    assert f"{server.url}/generate gave no answer in 0.5 s (attempt 1)" in failed.message
+
+
+def test_slow(two: SGLangEngine, server: FakeServer, tmp_path: Path) -> None:
+    server.add(Fault("/generate", "delay", seconds=0.3))
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+    assert two.report().metrics["engine/retries"] == 0
+
+
+# --- answers that are errors, or no answers
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 401, 302])
+def test_an_error_of_the_server_is_asked_of_the_other(
+    two: SGLangEngine, server: FakeServer, tmp_path: Path, status: int
+) -> None:
+    server.add(Fault("/generate", "status", calls=(1,), status=status))
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+    metrics = two.report().metrics
+    assert (metrics["engine/retries"], metrics["engine/servers"]) == (1, 2)
+
+
+BROKEN: list[FaultKind] = ["truncate", "cut", "drop"]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_answer_that_broke_on_the_way_is_asked_for_again(
+    one: SGLangEngine, server: FakeServer, tmp_path: Path, kind: FaultKind
+) -> None:
+    server.add(Fault("/generate", kind, calls=(1,)))
+    check_sampled_by(rollouts(one.generate(requests(2))), "one", 0, tmp_path)
+    metrics = one.report().metrics
+    assert (metrics["engine/retries"], metrics["engine/servers"]) == (1, 1)
+
+
+def test_nothing_but_errors_costs_the_server(
+    two: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    server.add(Fault("/generate", "status"))
+    check_sampled_by(rollouts(two.generate(requests(8))), "one", 0, tmp_path)
+    report = two.report()
+    assert report.metrics["engine/servers"] == 1
+    assert "3 failed requests in a row, the last: " in " ".join(report.events)
+    assert "answered 500: " in " ".join(report.events)
+
+
+def test_errors_between_good_answers_do_not(two: SGLangEngine, server: FakeServer) -> None:
+    server.add(Fault("/generate", "status", calls=range(1, 40, 2)))
+    for index in range(6):  # one at a time, or the good answers might all come last
+        rollouts(two.generate(requests(index + 1)[-1:]))
+    assert two.report().metrics["engine/servers"] == 2
+    assert len(sampling_bodies(server)) == 6
+
+
+def test_a_request_that_no_server_answers_fails(one: SGLangEngine, server: FakeServer) -> None:
+    server.add(Fault("/generate", "status", calls=(1, 2, 3)))
+    (failed,) = failures(one.generate(requests(1)))
+    assert failed.cause == "unreachable"
+    assert "(attempt 3)" in failed.message
+    assert failed.message.startswith(f"{server.url}/generate answered 500: ")
+
+
+def test_a_request_that_the_server_calls_wrong_is_not_repeated(
+    two: SGLangEngine, server: FakeServer, other: FakeServer
+) -> None:
+    for each in (server, other):
+        each.add(Fault("/generate", "status", status=400))
+    failed = failures(two.generate(requests(8)))
+    assert {failure.cause for failure in failed} == {"refused"}
+    assert len(sampling_bodies(server)) + len(sampling_bodies(other)) == 8
+    metrics = two.report().metrics
+    assert (metrics["engine/retries"], metrics["engine/servers"]) == (0, 2)
+
+
+# --- answers that are wrong
+
+
+def test_an_aborted_answer_that_nobody_asked_for_is_repeated(
+    one: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    server.hold(2)
+    outcomes = one.generate(requests(2))
+    server.wait_held(2)
+    httpx.post(f"{server.url}/abort_request", json={"abort_all": True})
+    server.release()
+    check_sampled_by(rollouts(outcomes), "one", 0, tmp_path)
+    metrics = one.report().metrics
+    assert (metrics["engine/retries"], metrics["engine/resubmitted"]) == (2, 0)
+
+
+WRONG: dict[str, tuple[Edit, str]] = {
+    "NaN": (fake_faults.nan_logprob, "not_finite"),
+    "null": (fake_faults.null_logprob, "not_finite"),
+    "positive log-probability": (fake_faults.positive_logprob, "bad_answer"),
+    "token outside the vocabulary": (fake_faults.bad_token, "bad_answer"),
+    "no routes": (fake_faults.no_routes, "bad_routes"),
+    "too few route rows": (fake_faults.too_few_rows, "bad_routes"),
+    "too many route rows": (fake_faults.too_many_rows, "bad_routes"),
+    "expert out of range": (fake_faults.expert_out_of_range, "bad_routes"),
+    "another model's layers": (fake_faults.other_layers, "bad_routes"),
+}
+
+
+@pytest.mark.parametrize(("edit", "cause"), WRONG.values(), ids=WRONG)
+def test_a_wrong_answer_is_a_failure_that_names_the_server_and_is_not_repeated(
+    one: SGLangEngine, server: FakeServer, tmp_path: Path, edit: Edit, cause: str
+) -> None:
+    server.add(Fault("/generate", "edit", calls=(1,), edit=edit))
+    outcomes = list(one.generate(requests(3)))
+    (failed,) = [outcome for outcome in outcomes if isinstance(outcome, EngineFailure)]
+    outcomes.remove(failed)
+    assert failed.cause == cause
+    assert failed.message.startswith(f"{server.url}: ")
+    check_sampled_by(rollouts(outcomes), "one", 0, tmp_path)
+    metrics = one.report().metrics
+    assert metrics[f"engine/bad_answers_{cause}"] == 1
+    assert (metrics["engine/retries"], metrics["engine/servers"]) == (0, 1)
+    assert len(sampling_bodies(server)) == 3
+
+
+def test_nothing_but_wrong_answers_costs_the_server(
+    two: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    server.add(Fault("/generate", "edit", edit=fake_faults.nan_logprob))
+    list(two.generate(requests(16)))
+    assert two.report().metrics["engine/servers"] == 1
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+
+
+def test_tokens_of_weights_that_nobody_published_are_never_returned(
+    two: SGLangEngine, server: FakeServer, tmp_path: Path
+) -> None:
+    server.add(Fault("/generate", "edit", calls=(1,), edit=fake_faults.wrong_label))
+    check_sampled_by(rollouts(two.generate(requests(4))), "one", 0, tmp_path)
+    metrics = two.report().metrics
+    assert metrics["engine/bad_answers_wrong_version"] == 1
+    assert metrics["engine/servers"] == 1
+
+
+def test_if_all_servers_have_unknown_weights_the_request_fails(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    with engine([server, other], tmp_path, dataclasses.replace(CONFIG, attempts=2)) as made:
+        made.publish("one", 0)
+        for each in (server, other):
+            each.add(Fault("/generate", "edit", edit=fake_faults.wrong_label))
+        (failed,) = failures(made.generate(requests(1)))
+        assert made.report().metrics["engine/servers"] == 0
+    assert failed.cause == "wrong_version"
+    assert "labelled ['strange']" in failed.message
+
+
+# --- weights that do not arrive
+
+
+def test_an_update_that_fails_once_is_repeated(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    with engine([server, other], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        server.add(Fault(UPDATE, "status", calls=(1,)))
+        made.publish("two", 1)
+        report = made.report()
+        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
+    assert report.metrics["engine/update_retries"] == 1
+    assert report.metrics["engine/servers"] == 2
+    assert f"repeating an update: {server.url}{UPDATE} answered 500" in " ".join(report.events)
+
+
+NO_UPDATE = [
+    Fault(UPDATE, "status"),
+    Fault(UPDATE, "status", status=400),
+    Fault(UPDATE, "drop"),
+    Fault("/pause_generation", "status"),
+    Fault("/continue_generation", "status"),
+    Fault("/model_info", "status"),
+    Fault("/generate", "status"),
+]
+
+
+@pytest.mark.parametrize("fault", NO_UPDATE, ids=lambda fault: f"{fault.path} {fault.kind}")
+def test_a_server_that_cannot_be_updated_is_taken_out_and_the_run_goes_on(
+    server: FakeServer, other: FakeServer, tmp_path: Path, fault: Fault
+) -> None:
+    with engine([server, other], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        server.add(fault)
+        made.publish("two", 1)
+        report = made.report()
+        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
+        assert report.metrics["engine/servers"] == 1
+        assert f"{server.url} was taken out: it did not " in " ".join(report.events)
+        server.clear_faults()
+        wait_until(lambda: made.report().metrics["engine/servers"] == 2)
+        assert server.weight_version == "v1-two"
+
+
+def test_an_update_that_hangs_costs_the_server(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    with engine([server, other], tmp_path, dataclasses.replace(CONFIG, update_seconds=1)) as made:
+        made.publish("one", 0)
+        server.add(Fault(UPDATE, "hang"))
+        made.publish("two", 1)
+        assert f"{server.url} was taken out: it did not load version 1 within 1 s" in (
+            made.report().events
+        )
+        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
+
+
+def test_a_cache_that_was_not_flushed_is_flushed(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights changed, but something ran: the server still names the old ones, so it is told again.
+
+    Without that it would go on with keys and values of the old weights.
+    """
+    flushes = iter([False])
+    flush_now = server._flush_now
+    with engine([server], tmp_path, WATCHFUL) as made:
+        made.publish("one", 0)
+        monkeypatch.setattr(server, "_flush_now", lambda: next(flushes, flush_now()))
+        made.publish("two", 1)
+        report = made.report()
+        check_sampled_by(rollouts(made.generate(requests(2))), "two", 1, tmp_path)
+    assert report.metrics["engine/update_retries"] == 1
+    assert "the cache was not flushed" in " ".join(report.events)
+    assert len(server.bodies("/pause_generation")) == 3
+
+
+def test_weights_that_no_server_takes_stop_the_run(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    with engine([server, other], tmp_path, dataclasses.replace(WATCHFUL, attempts=2)) as made:
+        made.publish("one", 0)
+        server.add(Fault(UPDATE, "status"))
+        other.stop()
+        with pytest.raises(EngineError) as caught:
+            made.publish("two", 1)
+        message = str(caught.value)
+        assert message.startswith("no server took version 1 (v1-two): ")
+        assert f"{server.url}: it did not load version 1: {server.url}{UPDATE} answered 500" in (
+            message
+        )
+        assert f"{other.url}: it did not pause: {other.url}/pause_generation: Connect" in message
+        assert made.report().metrics["engine/servers"] == 0
+
+
+def test_weights_that_cannot_be_written_leave_the_servers_as_they_are(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    class Full(Learner):
+        def write(self, params: str, version: int) -> Any:
+            if version == 1:
+                raise ValueError("No space left on device")
+            return super().write(params, version)
+
+    made = SGLangEngine(
+        dataclasses.replace(CONFIG, servers=(server.url,)),
+        MODEL,
+        str,
+        learner=Full(tmp_path).side(),
+        routes=True,
+        journal=None,
+    )
+    made.publish("one", 0)
+    with pytest.raises(ValueError, match="No space left"):
+        made.publish("two", 1)
+    check_sampled_by(rollouts(made.generate(requests(2))), "one", 0, tmp_path)
+    made.close()
+
+
+# --- servers with other weights than they say
+
+
+def test_a_server_left_on_old_weights_stops_the_run_which_says_where_which_version_is(
+    two: SGLangEngine, server: FakeServer, other: FakeServer
+) -> None:
+    server.add(Fault(UPDATE, "keep_weights"))
+    with pytest.raises(EngineError) as caught:
+        two.publish("two", 1)
+    message = str(caught.value)
+    assert message.startswith("version 1 (v1-two) was published twice, but a server samples from")
+    assert f"{server.url} holds version 0 (v0-one), " in message
+    assert f"{other.url} holds version 1 (v1-two), 0 nats off the learner" in message
+    assert server.weight_version == other.weight_version == "v1-two"  # by their own account
+    assert two.report().metrics["engine/servers"] == 0
+
+
+def test_a_server_left_on_old_weights_is_seen_however_close_they_are(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    """Within the tolerance the probe sees that the answer is bit for bit the old one."""
+    config = dataclasses.replace(CONFIG, probe_tolerance=20)
+    with engine([server, other], tmp_path, config) as made:
+        made.publish("one", 0)
+        other.add(Fault(UPDATE, "keep_weights"))
+        with pytest.raises(EngineError, match=rf"{other.url} holds version 0 \(v0-one\), "):
+            made.publish("two", 1)
+
+
+def test_the_first_weights_are_proven_too(server: FakeServer, tmp_path: Path) -> None:
+    server.add(Fault(UPDATE, "keep_weights"))
+    with engine([server], tmp_path) as made:
+        with pytest.raises(EngineError, match=f"{server.url} holds no version that this run pub"):
+            made.publish("one", 0)
+        with pytest.raises(RuntimeError, match="no weights"):
+            made.generate(requests(1))
+
+
+def test_a_second_update_is_enough(
+    two: SGLangEngine, server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    server.add(Fault(UPDATE, "keep_weights", calls=(1,)))
+    two.publish("two", 1)
+    check_sampled_by(rollouts(two.generate(requests(4))), "two", 1, tmp_path)
+    report = two.report()
+    assert report.metrics["engine/servers"] == 2
+    assert "version 1 is sent once more" in " ".join(report.events)
+    assert (len(server.bodies(UPDATE)), len(other.bodies(UPDATE))) == (3, 2)
+
+
+def test_what_was_under_way_when_a_publish_failed_is_not_returned(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(ALONE, on_publish="in_place")
+    with engine([server], tmp_path, config) as made:
+        made.publish("one", 0)
+        server.hold(2)
+        outcomes = made.generate(requests(2))
+        server.wait_held(2)
+        server.add(Fault(UPDATE, "keep_weights"))
+        release_at_update(server, 2)
+        with pytest.raises(EngineError, match="was published twice"):
+            made.publish("two", 1)
+        with pytest.raises(EngineError, match="version 1 was published in vain"):
+            next(outcomes)
+
+
+# --- servers that are unfit
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "no route capture": ({"routes": False}, "not started with --enable-return-routed-experts"),
+    "short context": ({"context": 63}, "takes at most 63 tokens of prompt and response"),
+    "own sampling": (
+        {"info": {"preferred_sampling_params": {"top_p": 0.5}}},
+        "has preferred_sampling_params",
+    ),
+    "speculative": ({"info": {"speculative_algorithm": "EAGLE"}}, "speculative_algorithm 'EAGLE'"),
+    "hierarchical cache": ({"info": {"enable_hierarchical_cache": True}}, "stale routes"),
+    "disaggregated": ({"info": {"disaggregation_mode": "prefill"}}, "reaches one half"),
+    "cuts prompts": ({"info": {"allow_auto_truncate": True}}, "cut prompts"),
+    "embeds": ({"info": {"is_generation": False}}, "serves no model that generates"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), UNFIT.values(), ids=UNFIT)
+def test_an_unfit_server_is_refused_by_name_at_the_start(
+    other: FakeServer, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with FakeServer(SAMPLER, **fields) as unfit, pytest.raises(EngineError) as caught:
+        engine([other, unfit], tmp_path).__enter__()
+    assert f"{unfit.url} " in str(caught.value)
+    assert message in str(caught.value)
+    assert other.url not in str(caught.value)
+    assert not unfit.bodies("/generate")
+
+
+def test_route_capture_is_needed_by_those_who_need_routes(tmp_path: Path) -> None:
+    with (
+        FakeServer(SAMPLER, routes=False) as server,
+        engine([server], tmp_path, routes=False) as made,
+    ):
+        made.publish("one", 0)
+        found = rollouts(made.generate(requests(2)))
+    check_sampled_by(found, "one", 0, tmp_path)
+    assert all(rollout.routes is None for rollout in found)
+
+
+def test_a_model_that_the_servers_would_compute_wrongly_is_refused(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    model = dataclasses.replace(MODEL, moe=MoEConfig(8, 2, dense_layers=(0,), dense_width=8))
+    with pytest.raises(EngineError, match=r"dense_layers \(0,\) would hold random weights"):
+        SGLangEngine(
+            dataclasses.replace(CONFIG, servers=(server.url,)),
+            model,
+            str,
+            learner=Learner(tmp_path).side(),
+            routes=True,
+            journal=None,
+        )
+
+
+def test_what_is_no_sglang_server_is_refused(tmp_path: Path) -> None:
+    class Stranger(FakeServer):
+        def answer(self, path: str, *rest: Any) -> Any:
+            return {"is_generation": True} if path.endswith("_info") else ""
+
+    with Stranger(SAMPLER) as server, pytest.raises(EngineError, match="it is no SGLang server"):
+        engine([server], tmp_path).__enter__()
+
+
+def test_other_versions_and_ignored_seeds_are_noted(tmp_path: Path) -> None:
+    with (
+        FakeServer(SAMPLER, deterministic=False, info={"version": "0.6.0"}) as server,
+        engine([server], tmp_path) as made,
+    ):
+        events = " ".join(made.report().events)
+    assert f"{server.url} is sglang 0.6.0; this client knows 0.5.23" in events
+    assert "it ignores seeds" in events
+
+
+def test_a_server_that_a_killed_learner_left_paused_goes_on(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    httpx.post(f"{server.url}/pause_generation", json={"mode": "abort"})
+    with engine([server], tmp_path) as made:
+        assert server._paused is None
+        made.publish("one", 0)
+        check_sampled_by(rollouts(made.generate(requests(2))), "one", 0, tmp_path)

@@ -256,7 +256,7 @@ class SGLangEngine:
                     request,
                     rid=uuid.uuid4().hex,
                     routes=self._updates.contract.routes,
-                    cache_key=self._updates.label,  # no prefix that other weights left in the cache
+                    cache_key=self._updates.cache_key,  # no prefix that other weights left
                 )
                 content = await pool.generate(server, body, seconds=self._config.request_seconds)
             await pool.gate.wait()  # weights that are being published are proven, or not, only then

@@ -36,6 +36,9 @@ class Updates:
         """`contract` knows no version yet."""
         self.contract = contract  # with the versions of all labels published so far
         self.label = ""  # of the weights published last; "" before the first
+        # Of the last publish alone. The label would not do: a learner that starts again publishes
+        # under one for which responses of later weights, which outlived it, have left prefixes.
+        self.cache_key = ""
         self.probe_error = 0.0  # nats, the largest among the servers after the last publish
         self._pool = pool
         self._probe = probe
@@ -54,6 +57,7 @@ class Updates:
         for leftover in weights.leftovers:
             self._pool.notes.event(leftover)
         background.run(self._pool.close_gate())
+        self.cache_key = uuid.uuid4().hex
         try:
             verdicts = self._prove(params, weights, background)
             if self._journal is not None:
@@ -132,7 +136,7 @@ class Updates:
             rid=uuid.uuid4().hex,
             routes=self.contract.routes,
             prompt_logprobs=True,
-            cache_key=weights.label,
+            cache_key=self.cache_key,
         )
         content = await self._pool.client.call(url, body, seconds=self._probe_seconds)
         versions = {weights.label: weights.version}

@@ -103,9 +103,9 @@ def payload(
       rid: names the generation for /abort_request; a server refuses one that is still in use.
       routes: ask for the experts of every input token.
       prompt_logprobs: ask for those of the prompt too; nothing of it is taken from the cache then.
-      cache_key: requests share cached prefixes with those of the same key only. The label of the
-        current weights keeps what older weights left in the cache apart from the new ones' samples,
-        where an update does not flush it (pause mode in_place).
+      cache_key: requests share cached prefixes with those of the same key only. One for each
+        publish keeps apart what other weights left in the cache, where an update does not flush it
+        (pause mode in_place) or a response went on after it.
 
     Raises ValueError for sampling settings that are unscorable.
     """

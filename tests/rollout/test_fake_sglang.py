@@ -103,15 +103,24 @@ def test_information_has_the_recorded_fields(client: httpx.Client) -> None:
     assert client.get("/health").text == ""
 
 
-def test_the_stop_token_ends_a_response_and_is_part_of_it(client: httpx.Client) -> None:
-    free = client.post("/generate", json=BODY).json()["output_ids"]
-    params = {"max_new_tokens": 6, "sampling_seed": 3, "stop_token_ids": [free[2]]}
-    answer = client.post("/generate", json=BODY | {"sampling_params": params}).json()
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_the_stop_token_ends_a_response_and_is_part_of_it(chunk: int) -> None:
+    with FakeServer(SAMPLER, chunk=chunk) as server, httpx.Client(base_url=server.url) as client:
+        free = client.post("/generate", json=BODY).json()["output_ids"]
+        params = {"max_new_tokens": 6, "sampling_seed": 3, "stop_token_ids": [free[2]]}
+        answer = client.post("/generate", json=BODY | {"sampling_params": params}).json()
+        ignoring = BODY | {"sampling_params": params | {"ignore_eos": True}}
+        assert client.post("/generate", json=ignoring).json()["output_ids"] == free
     assert answer["output_ids"] == free[:3]
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": free[2]}
     assert answer["text"] == " ".join(map(str, free[:2]))
-    ignoring = BODY | {"sampling_params": params | {"ignore_eos": True}}
-    assert client.post("/generate", json=ignoring).json()["output_ids"] == free
+
+
+def test_an_unseeded_request_has_the_seed_42(client: httpx.Client) -> None:
+    unseeded = BODY | {"sampling_params": {"max_new_tokens": 9}}
+    seeded = BODY | {"sampling_params": {"max_new_tokens": 9, "sampling_seed": 42}}
+    answers = [client.post("/generate", json=body).json() for body in (unseeded, seeded)]
+    assert answers[0]["output_ids"] == answers[1]["output_ids"]
 
 
 def test_an_answer_is_a_function_of_the_request(server: FakeServer) -> None:

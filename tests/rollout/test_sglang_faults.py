@@ -568,7 +568,7 @@ def test_what_was_under_way_when_a_publish_failed_is_not_returned(
 
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "no route capture": ({"routes": False}, "not started with --enable-return-routed-experts"),
-    "short context": ({"context": 63}, "takes at most 63 tokens of prompt and response"),
+    "short context": ({"context": 63}, "takes at most 61 tokens of prompt and response"),
     "own sampling": (
         {"info": {"preferred_sampling_params": {"top_p": 0.5}}},
         "has preferred_sampling_params",

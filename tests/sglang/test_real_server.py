@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.engines import CONTEXT_MARGIN
 from jaxrl_llm.learner.probe import ProbeScore, make_probe_score
 from jaxrl_llm.learner.publish import Publication, PublishConfig, Publisher
 from jaxrl_llm.model import hf
@@ -47,6 +48,7 @@ MODEL = ModelConfig(
     moe=MoEConfig(num_experts=8, experts_per_token=2, expert_width=16),
 )
 MAX_LENGTH = 512
+CONTEXT = MAX_LENGTH + CONTEXT_MARGIN
 KEY = "the-key-of-the-tests"
 NATS = 1e-3
 LENGTH = 448  # tokens that our forward pass is compiled for
@@ -69,7 +71,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
 
 def export(weights: Params, folder: Path) -> None:
     described = hf.config_json(
-        MODEL, dtype="float32", max_length=MAX_LENGTH, stop_token_ids=(), pad_token_id=None
+        MODEL, dtype="float32", max_length=CONTEXT, stop_token_ids=(), pad_token_id=None
     )
     hf.write(folder, hf.tensors(weights, MODEL, "float32"), described)
 
@@ -288,7 +290,7 @@ class Learner:
             folder,
             stop_token_ids=(),
             pad_token_id=None,
-            max_length=MAX_LENGTH,
+            max_length=CONTEXT,
         )
         self.misled = False
         self.published: list[Publication] = []

@@ -5,14 +5,12 @@ as we do. Log-probabilities are compared to 1e-3 nats and are equal to about 1e-
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import jax
@@ -20,43 +18,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.engines import CONTEXT_MARGIN
-from jaxrl_llm.learner.probe import ProbeScore, make_probe_score
-from jaxrl_llm.learner.publish import Publication, PublishConfig, Publisher
-from jaxrl_llm.model import hf
-from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
-from jaxrl_llm.model.logprobs import token_logprobs
-from jaxrl_llm.model.transformer import Params, make_forward, unembed
+from jaxrl_llm import loop
+from jaxrl_llm.config import RolloutConfig, RunConfig
+from jaxrl_llm.data.rewards import Verdict, Verifier
+from jaxrl_llm.evaluate import EvaluationConfig
+from jaxrl_llm.learner.publish import PublishConfig
+from jaxrl_llm.learner.state import OptimizerConfig
+from jaxrl_llm.learner.step import LearnerConfig
+from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout import wire
 from jaxrl_llm.rollout.engine import EngineError, EngineFailure, Request
 from jaxrl_llm.rollout.sampling import keep
 from jaxrl_llm.rollout.servers import OnPublish
-from jaxrl_llm.rollout.sglang import LearnerSide, SGLangConfig, SGLangEngine
+from jaxrl_llm.rollout.sglang import SGLangConfig
 from jaxrl_llm.types import Prompt, Rollout, SamplingParams
-from tests.learner.tiny import make_params, one_device
-from tests.model.tiny import one_segment
-from tests.sglang.server import RealServer, real_server
-
-MODEL = ModelConfig(
-    vocab_size=16,
-    width=32,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
-    moe=MoEConfig(num_experts=8, experts_per_token=2, expert_width=16),
+from tests.sglang.learner import (
+    KEY,
+    MODEL,
+    NATS,
+    PROBE,
+    Learner,
+    agreement,
+    engine,
+    export,
+    finished,
+    ours,
+    params,
+    requests,
 )
-MAX_LENGTH = 512
-CONTEXT = MAX_LENGTH + CONTEXT_MARGIN
-KEY = "the-key-of-the-tests"
-NATS = 1e-3
-LENGTH = 448  # tokens that our forward pass is compiled for
-
-
-@functools.cache
-def params(seed: int) -> Params:
-    return make_params(MODEL, seed)
+from tests.sglang.server import RealServer, real_server
+from tests.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +58,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
     flags = ("--skip-tokenizer-init",)
     with real_server(folder / "model", folder / "log", *flags, api_key=KEY) as running:
         yield running
-
-
-def export(weights: Params, folder: Path) -> None:
-    described = hf.config_json(
-        MODEL, dtype="float32", max_length=CONTEXT, stop_token_ids=(), pad_token_id=None
-    )
-    hf.write(folder, hf.tensors(weights, MODEL, "float32"), described)
 
 
 @pytest.fixture
@@ -102,19 +86,6 @@ CONTRACT = wire.Contract(
 )
 
 
-def requests(
-    count: int, sampling: SamplingParams, *, prompt_length: int | None = None
-) -> list[Request]:
-    """Of random prompts, each with a seed of its own."""
-    rng = np.random.default_rng(0)
-    made = []
-    for index in range(count):
-        tokens = rng.integers(0, MODEL.vocab_size, prompt_length or rng.integers(2, 40), np.int32)
-        prompt = Prompt(f"p{index}", tokens, "", "")
-        made.append(Request(prompt, 0, seed=1000 + index, sampling=sampling))
-    return made
-
-
 def ask(client: httpx.Client, request: Request) -> dict[str, Any]:
     body = wire.payload(
         request, rid=f"{request.prompt.prompt_id}-{request.seed}", routes=True, prompt_logprobs=True
@@ -128,42 +99,6 @@ def ask_all(client: httpx.Client, asked: Sequence[Request]) -> list[dict[str, An
     """At once, so that the server answers them in batches."""
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as threads:
         return list(threads.map(lambda request: ask(client, request), asked))
-
-
-class Ours(NamedTuple):
-    """Our forward pass over one sequence of T tokens; S = T - 1."""
-
-    logprobs: np.ndarray  # f32[S]
-    logits: np.ndarray  # f32[S, V]
-    routes: np.ndarray  # int[S, L, K]
-
-
-def ours(weights: Params, tokens: np.ndarray, temperature: float = 1.0) -> Ours:
-    padded = np.zeros((1, LENGTH), np.int32)
-    padded[0, : tokens.size] = tokens  # behind what a causal model looks at
-    found = _forward(weights, padded, temperature=temperature)
-    return Ours(*(np.asarray(part)[: tokens.size - 1] for part in found))
-
-
-@functools.partial(jax.jit, static_argnames="temperature")
-def _forward(weights: Params, tokens: jax.Array, *, temperature: float) -> Ours:
-    forward = make_forward(MODEL, ComputeConfig(remat="none"))
-    output = forward(weights, *one_segment(tokens[:, :-1]), None)
-    head = unembed(weights, MODEL)
-    logprobs, _ = token_logprobs(
-        output.hidden, head, tokens[:, 1:], temperature=temperature, chunk=64
-    )
-    logits = jnp.matmul(output.hidden, head, precision="highest")
-    return Ours(logprobs[0], logits[0], jnp.moveaxis(output.router.experts[:, 0], 0, 1))
-
-
-def agreement(pairs: Sequence[tuple[Rollout, Params]]) -> float:
-    """Share of (token, layer) pairs with the same experts in the same order."""
-    same = [
-        np.all(rollout.routes == ours(weights, rollout.tokens).routes, axis=-1).ravel()
-        for rollout, weights in pairs
-    ]
-    return float(np.mean(np.concatenate(same)))
 
 
 # What the server reports is what our forward pass computes.
@@ -272,72 +207,10 @@ def test_a_stop_token_is_part_of_the_response(client: httpx.Client, default_weig
 
 # Through the engine: weights that were published are those that sample.
 
-PROBE = Request(
-    Prompt("probe", np.arange(MODEL.vocab_size, dtype=np.int32), "", ""),
-    0,
-    seed=7,
-    sampling=SamplingParams(max_new_tokens=16),
-)
-
-
-class Learner:
-    """Publishes float32 weights into a folder; `misled` makes servers load an older one again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._publisher = Publisher(
-            PublishConfig(dtype="float32", keep=3),
-            MODEL,
-            folder,
-            stop_token_ids=(),
-            pad_token_id=None,
-            max_length=CONTEXT,
-        )
-        self.misled = False
-        self.published: list[Publication] = []
-
-    def write(self, weights: Params, version: int) -> Publication:
-        """The label is always that of the new weights."""
-        publication = self._publisher.publish(weights, version)
-        if self.misled:
-            publication = dataclasses.replace(publication, path=self.published[-1].path)
-        self.published.append(publication)
-        return publication
-
 
 @pytest.fixture
 def learner(tmp_path: Path) -> Learner:
     return Learner(tmp_path / "weights")
-
-
-@functools.cache
-def probe_score() -> ProbeScore:
-    return make_probe_score(MODEL, ComputeConfig(remat="none"), one_device(), length=LENGTH)
-
-
-@contextlib.contextmanager
-def engine(server: RealServer, learner: Learner, **settings: Any) -> Iterator[SGLangEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_API_KEY", KEY)
-        made = SGLangEngine(
-            SGLangConfig(servers=(server.url,), max_length=MAX_LENGTH, **settings),
-            MODEL,
-            lambda ids: " ".join(map(str, ids)),
-            learner=LearnerSide(learner.write, probe_score(), PROBE),
-            routes=True,
-            journal=None,
-        )
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def finished(outcomes: Iterable[Rollout | EngineFailure]) -> list[Rollout]:
-    rollouts = []
-    for outcome in outcomes:
-        assert isinstance(outcome, Rollout), outcome
-        rollouts.append(outcome)
-    return sorted(rollouts, key=lambda rollout: int(rollout.prompt_id[1:]))
 
 
 def versions(rollout: Rollout) -> list[int]:
@@ -566,3 +439,65 @@ def test_the_api_key_is_asked_for_and_kept_secret(server: RealServer, client: ht
     assert KEY not in command_line
     assert "'api_key': '(the API key)'" in server.log_text()
     assert KEY not in server.log_text()
+
+
+# The whole job.
+
+
+def test_a_run_with_r3_learns_and_publishes_every_step(
+    server: RealServer,
+    client: httpx.Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rewards are shares of the digit 7, for which five steps are enough."""
+
+    def score(_: Verifier, texts: Sequence[tuple[str, str]]) -> list[Verdict]:
+        return [Verdict(text.count("7") / max(1, len(text)), "correct") for text, _ in texts]
+
+    monkeypatch.setattr(Verifier, "score", score)
+    monkeypatch.setenv("SGLANG_API_KEY", KEY)
+    records = list(loop.run(five_steps(server, tmp_path / "run")))
+    assert [record.phase for record in records] == ["eval", *["rl"] * 5, "eval"]
+    for version, record in enumerate(records[1:-1]):
+        metrics = record.metrics
+        rollouts = [rollout for group in record.groups for rollout in group.rollouts]
+        assert len(rollouts) == 64
+        assert [versions(rollout) for rollout in rollouts] == [[version]] * len(rollouts)
+        assert metrics["engine/probe_error"] < NATS
+        assert metrics["rollout/staleness"] == 0
+        assert metrics["routing/replay_coverage"] == 1
+        assert metrics["routing/provenance_sampler"] == 1
+        assert metrics["routing/agreement"] >= 0.999
+        # The worst token of the step, so every one is within NATS of the learner's.
+        assert abs(np.log(metrics["mismatch/ratio_max"])) < NATS
+        assert abs(np.log(metrics["mismatch/ratio_min"])) < NATS
+        assert metrics["rollout/failures"] == metrics["rollout/dropped_groups"] == 0
+    before, after = (
+        np.mean([r.reward for group in record.groups for r in group.rollouts])
+        for record in (records[0], records[-1])
+    )
+    assert after > before + 0.2
+    assert client.get("/model_info").json()["weight_version"].startswith("v5-")
+
+
+def five_steps(server: RealServer, run_dir: Path) -> RunConfig:
+    """From random weights, without a cold start."""
+    config = tiny_config(run_dir)
+    return dataclasses.replace(
+        config,
+        steps=5,
+        model=MODEL,
+        cold_start=dataclasses.replace(config.cold_start, steps=0),
+        rollout=RolloutConfig(
+            groups=8,
+            samples=8,
+            max_new_tokens=20,
+            sglang=SGLangConfig(servers=(server.url,), max_length=28, probe_tolerance=NATS),
+            publish=PublishConfig(dtype="float32"),
+        ),
+        learner=LearnerConfig(
+            mini_batches=2, replay="r3", optimizer=OptimizerConfig(learning_rate=2e-2)
+        ),
+        evaluation=EvaluationConfig(samples=4, pass_k=1, resamples=100, greedy=False),
+    )

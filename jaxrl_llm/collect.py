@@ -99,15 +99,16 @@ def _ask(job: Job, draws: Sequence[int]) -> None:
     """Request the responses to these draws, ascending and all of them pending in the buffer."""
     if not draws:
         return
-    samples, first = job.config.rollout.samples, draws[0]
+    rollout, first = job.config.rollout, draws[0]
     span = prompt_indices(len(job.train), first, draws[-1] - first + 1, job.config.seed)
     requests = []
     for draw in draws:
         prompt = job.train[int(span[draw - first])]
-        job.under_way.assembler.expect(draw, prompt, samples)
-        for sample in range(samples):
+        job.under_way.assembler.expect(draw, prompt, rollout.samples)
+        for sample in range(rollout.samples):
             seed = job.seed("rollout", draw, sample)
-            requests.append(Request(prompt, sample, seed, job.sampling))
+            stalest = rollout.buffer.max_staleness
+            requests.append(Request(prompt, sample, seed, job.sampling, stalest))
     job.under_way.responses.append(job.engine.generate(requests))
 
 

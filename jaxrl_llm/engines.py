@@ -36,7 +36,7 @@ def make_journal(config: RunConfig) -> Journal | None:
     """Where the run's finished rollouts are kept until a checkpoint has them, if they are."""
     if not (config.rollout.sglang.servers and config.rollout.sglang.journal):
         return None
-    return Journal(config.directory / IN_FLIGHT, config.rollout.buffer.max_staleness)
+    return Journal(config.directory / IN_FLIGHT)
 
 
 def make_engine(

@@ -147,6 +147,7 @@ def test_an_engine_that_overlaps_has_the_next_groups_under_way(config) -> None:
         progress = after(progress)
     batch = GROUPS * SAMPLES
     assert counts == [(batch * min(n + 1, 5), batch * n) for n in (1, 2, 3, 4, 5)]
+    assert {request.max_staleness for request in engine.asked} == {1}
     assert engine.closed == 0
     assert not progress.buffer.pending
 
@@ -186,6 +187,7 @@ def test_strictly_on_policy_nothing_goes_on_across_a_publish(config) -> None:
     ages, metrics, _ = step(job, after(progress))
     assert ages == [0] * GROUPS
     old, new = engine.asked[:again], engine.asked[again:]
+    assert {request.max_staleness for request in engine.asked} == {0}
     key = [(r.prompt.prompt_id, r.sample_index, r.seed) for r in old[4 * SAMPLES :]]
     assert [(r.prompt.prompt_id, r.sample_index, r.seed) for r in new[: 2 * SAMPLES]] == key
     assert metrics["rollout/dropped_groups"] == 0

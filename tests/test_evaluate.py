@@ -210,6 +210,7 @@ def test_requests_differ_in_seed_and_only_the_last_is_greedy() -> None:
     greedy = SamplingParams(max_new_tokens=12, stop_token_ids=(14,), temperature=0.0)
     truncated = dataclasses.replace(SAMPLING, top_p=0.9)
     assert [r.sampling for r in requests] == ([truncated] * 4 + [greedy]) * 3
+    assert {r.max_staleness for r in requests} == {0}  # of the weights that are evaluated alone
 
 
 def test_a_prompt_keeps_its_seeds_in_another_selection() -> None:

@@ -47,6 +47,9 @@ class Request:
     sample_index: int  # 0 .. N-1 within the group
     seed: int  # 0 .. 2^63 - 1
     sampling: SamplingParams
+    # Versions by which tokens may lag behind the weights published last, where the engine has a
+    # response already that an earlier process was sampling when it ended.
+    max_staleness: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -44,22 +44,19 @@ class _Entry:
 class Journal:
     """See the module. One process writes a folder; its threads may share the journal."""
 
-    def __init__(self, folder: Path, max_staleness: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         """Reads what earlier processes left; a last line that a kill cut short is removed.
 
         Args:
           folder: made if missing.
-          max_staleness: versions that a rollout's oldest token may lag behind, see find().
 
         Raises ValueError, naming file and line, for a line that no journal wrote.
         """
         self._folder = folder
-        self._max_staleness = max_staleness
         self._lock = threading.Lock()
         self._entries: dict[str, list[_Entry]] = {}  # by key, oldest first
         self._recorded: dict[int, str] = {}  # version -> last label, of earlier processes
         self._published: dict[int, str] = {}  # version -> last label, of this process
-        self._resumed: int | None = None  # version of the first publication
         self._current: int | None = None  # version of the last publication
         folder.mkdir(parents=True, exist_ok=True)
         for _, _, line in _lines(folder / LABELS, {"version", "label"}):
@@ -80,8 +77,6 @@ class Journal:
             _append(self._folder / LABELS, {"version": version, "label": label})
             self._published[version] = label
             self._current = version
-            if self._resumed is None:
-                self._resumed = version
 
     def add(self, request: Request, rollout: Rollout) -> None:
         """Record a finished rollout before anyone takes it.
@@ -108,16 +103,15 @@ class Journal:
     def find(self, request: Request) -> Rollout | None:
         """The newest recorded rollout of this very request that may be used now, or None.
 
-        It may if the current weights sampled all of it. Until the second publication of a process,
-        older tokens may be among them: not staler than max_staleness, and of weights that the run
-        resumed from. Later, a request that comes again is one of its own (an evaluation repeats
-        its seeds), not one that was in flight when the learner was killed.
+        It may if the run's own weights sampled all of it, and its oldest token lags behind the
+        weights published last by no more than request.max_staleness.
 
         Raises ValueError for a rollout of another prompt under the same prompt_id.
         """
         with self._lock:
             entries = self._entries.get(_key(request), [])
-            entry = next((e for e in reversed(entries) if self._usable(e)), None)
+            stalest = request.max_staleness
+            entry = next((e for e in reversed(entries) if self._usable(e, stalest)), None)
             if entry is None:
                 return None
             with entry.path.open("rb") as file:
@@ -143,19 +137,16 @@ class Journal:
             }
             self._entries = {key: entries for key, entries in kept.items() if entries}
 
-    def _usable(self, entry: _Entry) -> bool:
-        current, resumed = self._current, self._resumed
-        if current is None or resumed is None:
+    def _usable(self, entry: _Entry, max_staleness: int) -> bool:
+        current = self._current
+        if current is None:
             return False
         # Of a version that this process did not publish, the last label on disk is that of the
         # weights which the run went through; newer ones than the current are refused below.
         known = self._recorded | self._published
         if any(known.get(version) != label for version, label in entry.labels.items()):
             return False
-        oldest, newest = min(entry.labels), max(entry.labels)
-        if oldest == newest == current:
-            return True
-        return current == resumed and current - self._max_staleness <= oldest <= newest <= current
+        return current - max_staleness <= min(entry.labels) and max(entry.labels) <= current
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self._folder.glob("*.jsonl") if path.name != LABELS)

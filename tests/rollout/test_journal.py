@@ -19,9 +19,9 @@ from tests.rollout.engines import assert_same
 SAMPLING = SamplingParams(3, stop_token_ids=(1,), temperature=0.1)
 
 
-def make_request(sample: int = 0, *, seed: int = 2**60 + 7) -> Request:
+def make_request(sample: int = 0, *, staleness: int = 0) -> Request:
     prompt = Prompt("p", np.array([5, 6], np.int32), text="five six", answer="eleven")
-    return Request(prompt, sample, seed, SAMPLING)
+    return Request(prompt, sample, 2**60 + 7, SAMPLING, staleness)
 
 
 def make_rollout(request: Request, *versions: int) -> Rollout:
@@ -41,9 +41,9 @@ def make_rollout(request: Request, *versions: int) -> Rollout:
     return bind_routes(rollout, rng.integers(0, 300, (4, 2, 2)).astype(np.int16))
 
 
-def journal(folder: Path, label: str, version: int, *, staleness: int = 0) -> Journal:
+def journal(folder: Path, label: str, version: int) -> Journal:
     """As a process that starts with these weights opens it."""
-    made = Journal(folder, staleness)
+    made = Journal(folder)
     made.published(label, version)
     return made
 
@@ -102,9 +102,9 @@ def test_a_prompt_whose_tokens_changed_is_an_error(tmp_path: Path) -> None:
 
 def test_the_same_version_of_other_weights_is_not_found(tmp_path: Path) -> None:
     """A run that does not repeat itself exactly, resumed one step earlier: version 3 is another."""
-    request = make_request()
+    request = make_request(staleness=5)
     journal(tmp_path, "v3-aa", 3).add(request, make_rollout(request, 3))
-    resumed = journal(tmp_path, "v2-cc", 2, staleness=5)
+    resumed = journal(tmp_path, "v2-cc", 2)
     assert resumed.find(request) is None
     resumed.published("v3-bb", 3)
     assert resumed.find(request) is None
@@ -113,13 +113,13 @@ def test_the_same_version_of_other_weights_is_not_found(tmp_path: Path) -> None:
 
 
 def test_the_newest_usable_rollout_wins(tmp_path: Path) -> None:
-    request = make_request()
+    request = make_request(staleness=1)
     book = journal(tmp_path, "v3-aa", 3)
     book.add(request, make_rollout(request, 3))
     book.published("v4-aa", 4)
     book.add(request, make_rollout(request, 4))
     for start in ("v4-aa", 4), ("v3-aa", 3):
-        found = journal(tmp_path, *start, staleness=1).find(request)
+        found = journal(tmp_path, *start).find(request)
         assert found is not None
         assert found.weight_version[-1] == start[1]
 
@@ -136,53 +136,39 @@ def test_the_newest_usable_rollout_wins(tmp_path: Path) -> None:
         ((2, 4), 2, True),
     ],
 )
-def test_a_rollout_may_be_as_stale_as_the_buffer_allows(
+def test_a_rollout_may_be_as_stale_as_its_request_allows(
     tmp_path: Path, versions: tuple[int, ...], staleness: int, found: bool
 ) -> None:
-    request = make_request()
+    """Its sampling does not depend on that: an evaluation with the same seed takes none of it."""
+    request = make_request(staleness=staleness)
     book = journal(tmp_path, "v2-aa", 2)
     book.published("v3-aa", 3)
     book.published("v4-aa", 4)
-    book.add(request, make_rollout(request, *versions))
-    resumed = journal(tmp_path, "v4-aa", 4, staleness=staleness)
-    assert (resumed.find(request) is not None) == found
+    book.add(make_request(), make_rollout(request, *versions))
+    for again in book, journal(tmp_path, "v4-aa", 4):
+        assert (again.find(request) is not None) == found
 
 
 def test_older_tokens_need_the_weights_that_the_run_went_through(tmp_path: Path) -> None:
-    request = make_request()
+    request = make_request(staleness=1)
     book = journal(tmp_path, "v2-aa", 2)
     book.add(request, make_rollout(request, 2))
     other = journal(tmp_path, "v1-aa", 1)
     other.published("v2-bb", 2)
     other.published("v3-bb", 3)
-    assert journal(tmp_path, "v3-bb", 3, staleness=1).find(request) is None
+    assert journal(tmp_path, "v3-bb", 3).find(request) is None
     other.published("v2-aa", 2)
-    assert journal(tmp_path, "v3-bb", 3, staleness=1).find(request) is not None
-
-
-def test_after_its_first_step_a_run_takes_what_its_own_weights_sampled_alone(
-    tmp_path: Path,
-) -> None:
-    """An evaluation repeats its requests, and must not get the answers of the one before."""
-    request = make_request()
-    journal(tmp_path, "v3-aa", 3).add(request, make_rollout(request, 3))
-    resumed = journal(tmp_path, "v3-aa", 3, staleness=2)
-    assert resumed.find(request) is not None
-    resumed.published("v4-aa", 4)
-    assert resumed.find(request) is None
-    resumed.add(request, make_rollout(request, 4))
-    resumed.published("v5-aa", 5)
-    assert resumed.find(request) is None
+    assert journal(tmp_path, "v3-bb", 3).find(request) is not None
 
 
 def test_a_run_that_was_rolled_back_does_not_use_the_steps_it_gave_up(tmp_path: Path) -> None:
-    request = make_request()
-    book = journal(tmp_path, "v3-aa", 3, staleness=2)
+    request = make_request(staleness=2)
+    book = journal(tmp_path, "v3-aa", 3)
     book.published("v4-aa", 4)
     book.add(request, make_rollout(request, 4))
     book.published("v3-aa", 3)
     assert book.find(request) is None
-    assert journal(tmp_path, "v3-aa", 3, staleness=2).find(request) is None
+    assert journal(tmp_path, "v3-aa", 3).find(request) is None
 
 
 def test_what_no_request_can_ask_for_is_deleted(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import TrainBatch
-from jaxrl_llm.config import RunConfig, differences, read_config, to_json
+from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
 from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
@@ -169,6 +169,9 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         )
     stack.enter_context(_locked(config.directory))
     _check_directory(config)
+    if config.cold_start.weights and not (config.directory / "config.json").exists():
+        # Now, or the directory would be one of these settings; and a run that goes on has its own.
+        _check_weights(config)
     train = load_prompts(config.task.data, tokenizer, "train")
     heldout = _heldout(config, tokenizer)
     _check_size(config, len(train))
@@ -284,16 +287,7 @@ def initial_state(config: RunConfig, mesh: Mesh) -> TrainState:
     if not folder:
         key = jax.random.key(_seed(config, "weights") % 2**32)
         return init_state(config.model, optimizer, mesh, key)
-    there = dataclasses.asdict(read_model_config(folder))
-    here = dataclasses.asdict(config.model)
-    different = [
-        f"{name}: {there[name]} != {here[name]}" for name in here if there[name] != here[name]
-    ]
-    if different:
-        raise ValueError(
-            f"cold_start.weights is {folder!r}, a model with other settings "
-            f"({'; '.join(different)}); set model to read_model_config of that folder"
-        )
+    _check_weights(config)
     step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
     params = load_params(folder, config.model, mesh)
     return fresh_optimizer_state(TrainState(step, params, None), optimizer)
@@ -378,7 +372,9 @@ def evaluate_checkpoint(
             stack.enter_context(_locked(run_dir))
         engine = make_engine(config, tokenizer, heldout[0], mesh, None)
         stack.enter_context(contextlib.closing(engine))
-        engine.publish(checkpoint.state.params, checkpoint.step)
+        # As the run called them, so that a publication which is still there serves again.
+        version = max(0, checkpoint.step - config.cold_start.steps)
+        engine.publish(checkpoint.state.params, version)
         result = evaluate(
             engine,
             heldout,
@@ -408,6 +404,21 @@ def _locked(directory: Path) -> Iterator[None]:
                 "run finishes its step first), or use another --run-dir"
             ) from error
         yield
+
+
+def _check_weights(config: RunConfig) -> None:
+    """ValueError if cold_start.weights is no folder of the weights of this model."""
+    folder = config.cold_start.weights
+    try:
+        model = read_model_config(folder)
+    except ValueError as error:
+        raise ValueError(f"cold_start.weights is {folder!r}: {error}") from None
+    different = unequal(dataclasses.asdict(model), dataclasses.asdict(config.model), "model")
+    if different:
+        raise ValueError(
+            f"cold_start.weights is {folder!r}, a model with other settings "
+            f"({'; '.join(different)}); set model to read_model_config of that folder"
+        )
 
 
 def _check_size(config: RunConfig, prompts: int) -> None:

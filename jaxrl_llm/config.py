@@ -30,7 +30,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.buffer import BufferConfig
 from jaxrl_llm.rollout.local import LocalEngineConfig
 from jaxrl_llm.rollout.sglang import SGLangConfig
-from jaxrl_llm.rollout.wire import unscorable
+from jaxrl_llm.rollout.wire import GREEDY_BELOW, unscorable
 from jaxrl_llm.runlog import RunLogConfig
 from jaxrl_llm.types import SamplingParams
 
@@ -185,6 +185,18 @@ def _check_servers(config: RunConfig) -> None:
     rollout, learner, evaluation = config.rollout, config.learner, config.evaluation
     if not rollout.sglang.servers:
         return
+    if dense := config.model.moe.dense_layers:
+        # Seen in 0.5.23: it gives those layers random experts and says nothing.
+        raise ValueError(
+            f"model.moe.dense_layers is {dense}, but SGLang computes every layer of a Qwen3-MoE "
+            "with experts; leave rollout.sglang.servers empty, to sample with the in-process "
+            "engine, or use a model without dense layers"
+        )
+    if rollout.temperature < GREEDY_BELOW:
+        raise ValueError(
+            f"rollout.temperature is {rollout.temperature}, which SGLang takes for greedy "
+            f"sampling; make it at least {GREEDY_BELOW}"
+        )
     truncated = dataclasses.replace(
         rollout.sampling(()), top_p=evaluation.top_p, top_k=evaluation.top_k
     )
@@ -275,12 +287,14 @@ def load_config(path: Path) -> RunConfig:
 
 def differences(left: RunConfig, right: RunConfig) -> list[str]:
     """Dotted names of settings that differ, with both values; run_dir is no setting."""
-
-    def walk(a: Any, b: Any, path: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
-            names = sorted(a.keys() | b.keys())
-            return [line for n in names for line in walk(a.get(n), b.get(n), f"{path}.{n}")]
-        return [] if a == b else [f"{path.removeprefix('.')}: {a!r} != {b!r}"]
-
     a, b = (dict(to_json(config), run_dir="") for config in (left, right))
-    return walk(a, b, "")
+    return unequal(a, b)
+
+
+def unequal(left: Any, right: Any, path: str = "") -> list[str]:
+    """Dotted names, below `path`, at which nested dicts differ, with both values."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        names = sorted(left.keys() | right.keys())
+        found = (unequal(left.get(n), right.get(n), f"{path}.{n}") for n in names)
+        return [line for lines in found for line in lines]
+    return [] if left == right else [f"{path.removeprefix('.')}: {left!r} != {right!r}"]

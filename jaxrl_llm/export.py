@@ -35,14 +35,24 @@ def export_policy(source: RunConfig | Path, folder: Path, dtype: Dtype) -> str:
     Args:
       source: a run directory, of which the newest checkpoint is taken, or a config, of which the
         weights are those that its first step starts from.
-      folder: made if need be; ValueError if it holds weights already.
+      folder: made if need be.
       dtype: of the tensors; float32 is exact.
+
+    Raises ValueError if the folder has anything in it, or where the source is no run with a
+    checkpoint.
     """
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        # A run directory has a config.json too, and a loader takes weights of any name.
+        raise ValueError(f"{folder} is there already and is no empty folder; give a new one")
     if isinstance(source, RunConfig):
         config, what = source, "the initial weights"
-
         params = initial_state(config, make_mesh(config.learner.mesh)).params
     else:
+        if not (source / "config.json").is_file():
+            raise ValueError(
+                f"{source} is neither a file nor a run directory, which has a config.json; give a "
+                "config such as configs/quickstart.py, or the directory of a run"
+            )
         config = read_config(source / "config.json")
         checkpoint = newest_checkpoint(config, source)
         params, what = checkpoint.state.params, f"the weights of step {checkpoint.step}"
@@ -57,7 +67,9 @@ def export_policy(source: RunConfig | Path, folder: Path, dtype: Dtype) -> str:
     files = write(folder, tensors(params, config.model, dtype), described)
     size = sum(file.size for file in files)
     copied = _copy_tokenizer(config.task.tokenizer, folder)
-    return f"{what} in {dtype}, {size / 2**20:,.1f} MiB; {copied}"
+    dense = config.model.moe.dense_layers
+    warning = f"; not for SGLang, which has no dense layers: moe.dense_layers is {dense}"
+    return f"{what} in {dtype}, {size / 2**20:,.1f} MiB; {copied}{warning if dense else ''}"
 
 
 def _copy_tokenizer(config: TokenizerConfig, folder: Path) -> str:

@@ -55,7 +55,7 @@ class Export:
     """
 
     source: tyro.conf.Positional[Path]  # run directory, or Python file with get_config()
-    folder: tyro.conf.Positional[Path]  # where to write; it must not hold weights yet
+    folder: tyro.conf.Positional[Path]  # where to write; a new or an empty one
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the tensors
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("JAXRL_LLM_TRACEBACK"):
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
 
 
@@ -170,6 +170,7 @@ def evaluate(command: Eval, console: Console) -> int:
 
 def export(command: Export, console: Console) -> int:
     """Write a policy as a Hugging Face checkpoint; see Export."""
+    _use_compilation_cache()
     from jaxrl_llm.config import load_config
     from jaxrl_llm.export import export_policy
 

@@ -23,7 +23,8 @@ METRICS: dict[str, str] = {
     "rollout/staleness": "mean of learner step minus weight version of a token [steps]",
     # The servers, since the step before (rollout/sglang.py); the in-process engine has none.
     "engine/servers": "servers in use [servers]",
-    "engine/rollouts": "rollouts that servers finished [rollouts]",
+    "engine/rollouts": "responses that servers finished, those of an evaluation before the step "
+    "included [rollouts]",
     "engine/from_journal": "rollouts that an earlier process had finished [rollouts]",
     "engine/spanning": "rollouts with tokens of two or more weight versions; their routes are not "
     "replayed unless asked for [rollouts]",

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -18,7 +19,10 @@ from jaxrl_llm.config import (
     read_config,
     to_json,
 )
+from jaxrl_llm.learner.publish import PublishConfig
 from jaxrl_llm.losses.clipping import ClipConfig
+from jaxrl_llm.model.hf import config_json
+from jaxrl_llm.rollout.sglang import SGLangConfig
 from tests.tiny import tiny_config, vary
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +30,18 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_says_how_to_run_it(path: Path) -> None:
+def test_every_config_loads_and_says_how_to_run_it(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = config_json(
+        tiny_config(tmp_path).model,
+        dtype="bfloat16",
+        max_length=32,
+        stop_token_ids=(1,),
+        pad_token_id=0,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    monkeypatch.setenv("MODEL", str(tmp_path))  # for a template that asks for one
     config = load_config(path)
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     header = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -126,6 +141,147 @@ def test_contradictions_are_refused_with_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         vary(tiny_config(tmp_path / "run"), part, **settings)
+
+
+SERVER = SGLangConfig(servers=("http://127.0.0.1:30000",), max_length=28)
+
+
+def on_servers(run_dir: Path, **settings: object) -> RunConfig:
+    """The tiny experiment on a server, with some of its settings."""
+    return vary(tiny_config(run_dir), "rollout", sglang=dataclasses.replace(SERVER, **settings))
+
+
+def changed(values: dict, changes: dict) -> dict:
+    """With the nested changes put in."""
+    merged = dict(values)
+    for name, value in changes.items():
+        merged[name] = changed(values[name], value) if isinstance(value, dict) else value
+    return merged
+
+
+def check_refused(config: RunConfig, changes: dict, *parts: str) -> None:
+    """The changed settings are refused as soon as they are read, with all of these words."""
+    with pytest.raises(ValueError, match=re.escape(parts[0])) as error:
+        from_json(changed(to_json(config), changes))
+    for part in parts:
+        assert part in str(error.value)
+
+
+DENSE = {"model": {"moe": {"dense_layers": [1], "dense_width": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (DENSE, ["model.moe.dense_layers is (1,)", "leave rollout.sglang.servers empty"]),
+        (
+            {"rollout": {"temperature": 1e-7}},
+            ["rollout.temperature is 1e-07", "takes for greedy", "make it at least 1e-06"],
+        ),
+        (
+            {"evaluation": {"top_p": 0.9}},
+            [
+                "evaluation.top_p is 0.9 and evaluation.top_k 0",
+                "top_k from 2 to 4096 alone",
+                "set such a top_k, or neither",
+            ],
+        ),
+        ({"evaluation": {"top_k": 1}}, ["evaluation.top_k 1", "set such a top_k, or neither"]),
+        ({"evaluation": {"top_k": 4097}}, ["evaluation.top_k 4097", "set such a top_k"]),
+        (
+            {"rollout": {"max_new_tokens": 28}},
+            ["rollout.max_new_tokens is 28", "rollout.sglang.max_length = 28; change one of them"],
+        ),
+        (
+            {"learner": {"row_length": 26}},
+            ["learner.row_length is 26", "rollout.sglang.max_length = 28", "at least 27, or 0"],
+        ),
+    ],
+)
+def test_what_servers_cannot_do_is_refused(tmp_path: Path, changes: dict, parts: list[str]) -> None:
+    check_refused(on_servers(tmp_path / "run"), changes, *parts)
+
+
+@pytest.mark.parametrize(
+    "changes", [DENSE, {"rollout": {"temperature": 1e-7}}, {"evaluation": {"top_p": 0.9}}]
+)
+def test_what_servers_cannot_do_the_engine_in_process_can(tmp_path: Path, changes: dict) -> None:
+    values = changed(to_json(tiny_config(tmp_path / "run")), changes)
+    assert from_json(values) != tiny_config(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 2), (1.0, 4096)])
+def test_servers_report_these_truncated_distributions(
+    tmp_path: Path, top_p: float, top_k: int
+) -> None:
+    config = vary(on_servers(tmp_path / "run"), "evaluation", top_p=top_p, top_k=top_k)
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_responses_of_two_versions_need_a_way_to_be_replayed(tmp_path: Path, mode: str) -> None:
+    """tiny_config replays the sampler's routes."""
+    config = on_servers(tmp_path / "run")
+    spanning = {"rollout": {"sglang": {"on_publish": mode}, "buffer": {"max_staleness": 1}}}
+    check_refused(
+        config,
+        spanning,
+        f"rollout.sglang.on_publish is {mode!r}",
+        "learner.replay r3 with learner.route_fallback 'error' refuses",
+        "set route_fallback to 'live', on_publish to 'abort', or rollout.sglang.keep_spanning_rou",
+    )
+    values = changed(to_json(config), spanning)
+    # Each remedy helps, and so does what leaves no such response or no replay.
+    for changes in (
+        {"learner": {"route_fallback": "live"}},
+        {"rollout": {"sglang": {"on_publish": "abort"}}},
+        {"rollout": {"sglang": {"keep_spanning_routes": True}}},
+        {"rollout": {"buffer": {"max_staleness": 0}}},
+        {"learner": {"replay": "r2"}},
+        {"learner": {"replay": "none"}},
+    ):
+        from_json(changed(values, changes))
+
+
+NUMBERS = [
+    field.name
+    for field in dataclasses.fields(SGLangConfig)
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [0, -1])
+def test_every_number_of_the_servers_is_positive(tmp_path: Path, name: str, value: int) -> None:
+    message = rf"sglang\.{name} is {value}(\.0)?; it must be positive"
+    with pytest.raises(ValueError, match=message):
+        from_json(changed(to_json(on_servers(tmp_path)), {"rollout": {"sglang": {name: value}}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"sglang": {"servers": ["host:1"]}}, ["servers has 'host:1'; write http://HOST:PORT"]),
+        ({"sglang": {"servers": ["http://a:1/"]}}, ["servers has 'http://a:1/'; write http://"]),
+        ({"sglang": {"servers": ["http://a:1"] * 2}}, ["sglang.servers, ", "names a server twice"]),
+        ({"sglang": {"on_publish": "wait"}}, ["@ config.rollout.sglang.on_publish"]),
+        ({"publish": {"keep": 0}}, ["publish.keep is 0; it must be at least 1"]),
+        ({"publish": {"dtype": "float16"}}, ["@ config.rollout.publish.dtype"]),
+        (
+            {"publish": {"folder": "gs://bucket/w"}},
+            ["publish.folder is gs://bucket/w", "as publish.server_folder"],
+        ),
+    ],
+)
+def test_settings_of_servers_and_publishing_are_checked_by_name(
+    tmp_path: Path, changes: dict, parts: list[str]
+) -> None:
+    check_refused(on_servers(tmp_path / "run"), {"rollout": changes}, *parts)
+
+
+def test_a_bucket_with_a_mount_for_servers_is_a_folder_of_publications(tmp_path: Path) -> None:
+    publish = PublishConfig(folder="s3://bucket/w", server_folder="/mnt/w")
+    assert vary(on_servers(tmp_path / "run"), "rollout", publish=publish).rollout.publish == publish
 
 
 def test_without_old_logprobs_the_loss_may_anchor_on_the_sampler(tmp_path: Path) -> None:

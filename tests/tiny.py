@@ -1,16 +1,31 @@
 """A whole experiment that runs in seconds, for tests of the loop; vary it with dataclasses."""
 
 import dataclasses
+import json
 from pathlib import Path
 
-from jaxrl_llm.config import ColdStartConfig, RolloutConfig, RunConfig, TaskConfig
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm.assembly import CHECKPOINTS
+from jaxrl_llm.config import ColdStartConfig, RolloutConfig, RunConfig, TaskConfig, to_json
 from jaxrl_llm.data.prompts import DataConfig
 from jaxrl_llm.evaluate import EvaluationConfig
-from jaxrl_llm.learner.checkpoint import CheckpointConfig
-from jaxrl_llm.learner.state import OptimizerConfig
+from jaxrl_llm.learner.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_llm.learner.state import (
+    OptimizerConfig,
+    TrainState,
+    abstract_params,
+    fresh_optimizer_state,
+    make_optimizer,
+    shardings_of,
+)
 from jaxrl_llm.learner.step import LearnerConfig
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
+from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.local import LocalEngineConfig
+from jaxrl_llm.sharding import make_mesh
+from tests.learner.tiny import make_params
 
 COLD_STEPS, RL_STEPS = 3, 4
 
@@ -53,3 +68,18 @@ def vary(config: RunConfig, part: str, **settings: object) -> RunConfig:
     """The config with some settings of one part, such as "learner", changed."""
     changed = dataclasses.replace(getattr(config, part), **settings)
     return dataclasses.replace(config, **{part: changed})
+
+
+def saved_run(config: RunConfig, *steps: int) -> Params:
+    """Leave a run directory with checkpoints of random weights; returns those of the last step."""
+    mesh, optimizer = make_mesh(config.learner.mesh), make_optimizer(config.learner.optimizer, 1)
+    shardings = shardings_of(abstract_params(config.model, mesh))
+    params: Params = {}
+    config.directory.mkdir(parents=True)
+    (config.directory / "config.json").write_text(json.dumps(to_json(config)))
+    with Checkpoints(config.directory / CHECKPOINTS, config.checkpoint) as checkpoints:
+        for step in steps:
+            params = jax.device_put(make_params(config.model, seed=step), shardings)
+            state = fresh_optimizer_state(TrainState(jnp.int32(step), params, None), optimizer)
+            checkpoints.save(step, state, {})
+    return params

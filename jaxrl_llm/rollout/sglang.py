@@ -72,10 +72,14 @@ class SGLangConfig:
 
     def __post_init__(self) -> None:
         for url in self.servers:
-            if not url.startswith(("http://", "https://")) or url.endswith("/") or "@" in url:
+            if "@" in url:  # and is not printed
                 raise ValueError(
-                    f"sglang.servers has {url!r}; write http://HOST:PORT with nothing behind it, "
-                    "and the API key into the environment"
+                    "sglang.servers has an address with a secret before an @; write "
+                    f"http://HOST:PORT, and the API key into ${self.api_key_env}"
+                )
+            if not url.startswith(("http://", "https://")) or url.endswith("/"):
+                raise ValueError(
+                    f"sglang.servers has {url!r}; write http://HOST:PORT with nothing behind it"
                 )
         if len(set(self.servers)) < len(self.servers):
             raise ValueError(f"sglang.servers, {self.servers}, names a server twice")
@@ -252,6 +256,7 @@ class SGLangEngine:
             async with server.slots:
                 await pool.gate.wait()
                 publishes = pool.publishes
+                oldest = self._updates.contract.versions[self._updates.label]
                 body = wire.payload(
                     request,
                     rid=uuid.uuid4().hex,
@@ -262,7 +267,7 @@ class SGLangEngine:
             await pool.gate.wait()  # weights that are being published are proven, or not, only then
             pool.check_in_use(server)
             # In a thread: an answer with routes has tens of megabytes.
-            outcome = await asyncio.to_thread(self._read, request, server, content)
+            outcome = await asyncio.to_thread(self._read, request, server, content, oldest)
         if outcome is None and publishes == pool.publishes:
             raise ServerError("bad_answer", f"{server.url} aborted a request though not asked to")
         if isinstance(outcome, Rollout):
@@ -278,10 +283,17 @@ class SGLangEngine:
         return outcome
 
     def _read(
-        self, request: Request, server: Server, content: bytes
+        self, request: Request, server: Server, content: bytes, oldest: int
     ) -> Rollout | EngineFailure | None:
-        """What the answer says, see answers.read; a rollout is in the journal from now on."""
-        outcome = read(content, server.url, request, self._updates.contract)
+        """What the answer says, see answers.read; a rollout is in the journal from now on.
+
+        `oldest` is the version that was current when the request was sent. Tokens of older ones,
+        though the run's own, are of a server that was started again with what it once had.
+        """
+        contract = self._updates.contract
+        versions = {label: v for label, v in contract.versions.items() if v >= oldest}
+        contract = dataclasses.replace(contract, versions=versions)
+        outcome = read(content, server.url, request, contract)
         if isinstance(outcome, Rollout) and self._journal is not None:
             self._journal.add(request, outcome)
         return outcome

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import ssl
 from typing import Any
 
 import httpx
@@ -29,9 +30,11 @@ QUOTED_CHARACTERS = 300  # of a server's own words in a message
 class ServerError(Exception):
     """A server did not do what it was asked. `cause` is for machines, the message for people."""
 
-    def __init__(self, cause: FailureCause, message: str) -> None:
+    def __init__(self, cause: FailureCause, message: str, *, answered: bool = True) -> None:
+        """`answered` is False if it may still be at it: it gave no answer."""
         super().__init__(message)
         self.cause: FailureCause = cause
+        self.answered = answered
 
 
 class Client:
@@ -49,6 +52,7 @@ class Client:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=None,  # call() has a deadline for the whole of it
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_SECONDS),
+            verify=ssl.create_default_context(),  # the system's, or those of $SSL_CERT_FILE
             trust_env=False,  # rollout servers are not behind the proxy of the machine's browser
         )
 
@@ -65,10 +69,11 @@ class Client:
                 else:
                     answer = await self._http.post(url, json=body)
         except TimeoutError:
-            raise ServerError("timeout", f"{url} gave no answer in {seconds:g} s") from None
+            words = f"{url} gave no answer in {seconds:g} s"
+            raise ServerError("timeout", words, answered=False) from None
         except httpx.HTTPError as error:
             words = f"{type(error).__name__} {self._quote(str(error))}".strip()
-            raise ServerError("unreachable", f"{url}: {words}") from None
+            raise ServerError("unreachable", f"{url}: {words}", answered=False) from None
         if answer.status_code == 200:
             return answer.content
         words = f"{url} answered {answer.status_code}: {self._quote(answer.text)}"

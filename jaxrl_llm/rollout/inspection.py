@@ -12,7 +12,6 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.client import ServerError
 from jaxrl_llm.rollout.engine import EngineError
 from jaxrl_llm.rollout.servers import Pool, Server
@@ -35,18 +34,11 @@ OFF: dict[str, str] = {
 }
 
 
-async def inspect(pool: Pool, model: ModelConfig, *, routes: bool, max_length: int) -> None:
+async def inspect(pool: Pool, *, routes: bool, max_length: int) -> None:
     """Ask every server; note what is only worth knowing.
 
     Takes at most 4 health_seconds. Raises EngineError naming every unfit server and why.
     """
-    if model.moe.dense_layers:
-        # Its qwen3_moe.py never reads mlp_only_layers, nor says that it left tensors unread.
-        raise EngineError(
-            f"sglang {KNOWN_VERSION} serves every layer of a Qwen3-MoE as one of experts, so "
-            f"dense_layers {model.moe.dense_layers} would hold random weights; use a model "
-            "without dense layers"
-        )
     asked = (_inspect(pool, server, routes, max_length) for server in pool.servers)
     problems = [problem for found in await asyncio.gather(*asked) for problem in found]
     if problems:
@@ -91,8 +83,8 @@ def _problems(
         )
     if routes and settings["enable_return_routed_experts"] is not True:
         yield (
-            "was not started with --enable-return-routed-experts, and this run replays or "
-            "measures the sampler's routes"
+            "was not started with --enable-return-routed-experts, and this run replays the "
+            "sampler's routes"
         )
     longest = settings["max_req_input_len"] + RESERVED_TOKENS
     if longest < max_length:

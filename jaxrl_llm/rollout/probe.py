@@ -2,13 +2,14 @@
 
 What it is: one fixed request, asked of every server after every publish, and the comparison of what
 it reports with the learner's own log-probabilities of the same tokens. What it is not: a measure of
-the discrepancy during the run (mismatch/* are that), or the reaction to a wrong server (sglang.py).
+the discrepancy during the run (mismatch/* are that), or what is done about a wrong server
+(updates.py).
 
 Two things give a server away. Its log-probabilities are further from the learner's than the
 tolerance: other weights, another model, a broken kernel. Or the prompt's are bit for bit those that
 it reported before the publish, though the learner's have moved: it was left on the old weights. The
 second sees what the first cannot, since one update often moves the policy less than the two engines
-differ.
+differ; it needs a server that repeats itself bit for bit, and an answer from before.
 """
 
 from __future__ import annotations
@@ -101,9 +102,13 @@ class Probe:
             del self._learner[old]
         return verdicts
 
-    def fits(self, weights: Weights, answer: Answer) -> bool:
+    def fits(self, url: str, weights: Weights, answer: Answer) -> bool:
         """Whether a server brought back to weights judged before has them, by the prompt alone."""
-        return _distance(answer.prompt_logprobs, self._learner[weights]) <= self._tolerance
+        distance = _distance(answer.prompt_logprobs, self._learner[weights])
+        if distance > self._tolerance or self._left_behind(url, weights, answer):
+            return False
+        self._heard[url] = (weights, answer.prompt_logprobs)
+        return True
 
     def _expected(self, params: Params, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
         """The learner's log-probabilities of the prompt, f32[P - 1], and of the response, f32[n].

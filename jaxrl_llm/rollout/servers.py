@@ -60,7 +60,11 @@ class Server:
     load: int = 0  # requests assigned to it, those that wait for a slot included
     strikes: int = 0  # bad answers and failures in a row
     calls: set[asyncio.Task[bytes]] = dataclasses.field(default_factory=set)  # being generated
+    update: asyncio.Task[bytes] | None = None  # the newest; it goes on when nobody waits any more
 
+
+UPDATE_PATIENCE = 10
+"""An update that has no answer after so many update_seconds has ended, or its server has."""
 
 Restore = Callable[[Server, Weights], Awaitable[None]]
 """Tries to bring a server that was taken out back into use, with these weights."""
@@ -367,11 +371,10 @@ class Pool:
         }
         for attempt in range(1, self._attempts + 1):
             try:
-                url = f"{server.url}/update_weights_from_disk"
-                await self.client.call(url, body, seconds=self._update_seconds)
+                await self._update_once(server, body)
                 await self._expect_label(server, weights.label)
             except ServerError as error:
-                if attempt == self._attempts:
+                if attempt == self._attempts or not error.answered:
                     raise
                 self.notes.count("update_retries")
                 if server.in_use:  # or a lost server's vain returns would fill the log
@@ -381,6 +384,20 @@ class Pool:
                 await self._pause(server, mode)
             else:
                 return
+
+    async def _update_once(self, server: Server, body: Mapping[str, Any]) -> None:
+        """Send an update as soon as the one before has ended: two at once end a server's process.
+
+        One that was sent goes on at the server, whoever gives up waiting for it.
+        """
+        if server.update is not None:
+            await asyncio.wait({server.update})  # how it ended does not matter
+        url = f"{server.url}/update_weights_from_disk"
+        call = self.client.call(url, body, seconds=UPDATE_PATIENCE * self._update_seconds)
+        server.update = asyncio.create_task(call)
+        # Or asyncio would complain about one that fails when nobody waits any more.
+        server.update.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(server.update)
 
     async def _expect_label(self, server: Server, label: str) -> None:
         """Raises ServerError unless the server says that it holds the weights `label`."""
@@ -413,16 +430,23 @@ class Pool:
 
         The requests have been cancelled; what is waited for is that servers are told.
         """
-        await self._stop_watching()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._health_seconds):
-                while any(server.load for server in self.servers):
-                    await self._change.wait()
-                await asyncio.gather(*self._aborts)
-        await self.client.close()
+        try:
+            await self._stop_watching()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._health_seconds):
+                    while any(server.load for server in self.servers):
+                        await self._change.wait()
+                    await asyncio.gather(*self._aborts)
+        finally:
+            for server in self.servers:
+                if server.update is not None:
+                    server.update.cancel()
+            await self.client.close()
 
     async def _stop_watching(self) -> None:
-        for watcher in self._watchers:
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
             watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
-        self._watchers = []
+        for outcome in await asyncio.gather(*watchers, return_exceptions=True):
+            if isinstance(outcome, Exception):  # no ServerError, so a mistake of ours
+                raise outcome

@@ -30,6 +30,7 @@ import asyncio
 import dataclasses
 import itertools
 import os
+import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,7 +69,9 @@ class SGLangConfig:
     on_publish: OnPublish = "abort"
     keep_spanning_routes: bool = False  # replay the routes of such responses all the same
     probe_tolerance: float = 0.05  # nats; mean |server - learner| over the probe's tokens
-    journal: bool = True  # keep finished rollouts on disk, for a learner that is killed
+    # Keep finished rollouts on disk for a learner that is killed. Without it, those of an
+    # unfinished step are sampled again.
+    journal: bool = True
 
     def __post_init__(self) -> None:
         for url in self.servers:
@@ -77,7 +80,8 @@ class SGLangConfig:
                     "sglang.servers has an address with a secret before an @; write "
                     f"http://HOST:PORT, and the API key into ${self.api_key_env}"
                 )
-            if not url.startswith(("http://", "https://")) or url.endswith("/"):
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or url != f"{parts.scheme}://{parts.netloc}":
                 raise ValueError(
                     f"sglang.servers has {url!r}; write http://HOST:PORT with nothing behind it"
                 )
@@ -145,9 +149,7 @@ class SGLangEngine:
         )
         self._background = Background("sglang")
         try:
-            self._background.run(
-                inspect(self._pool, model, routes=routes, max_length=config.max_length)
-            )
+            self._background.run(inspect(self._pool, routes=routes, max_length=config.max_length))
         except BaseException:
             self.close()
             raise
@@ -163,8 +165,6 @@ class SGLangEngine:
         Raises EngineError if no server took the weights; or if one samples from others although it
         was updated twice: the message says which version each server holds.
         """
-        if version < 0:
-            raise ValueError(f"version is {version}; weight versions count from 0")
         weights = self._learner.write(params, version)  # while the servers go on sampling
         self._updates.publish(params, weights, self._background)
 
@@ -231,6 +231,7 @@ class SGLangEngine:
         """
         failed = 0
         while True:
+            server = server if server.in_use else await self._pool.choose()
             try:
                 outcome = await self._attempt(request, server)
             except ServerError as error:
@@ -243,11 +244,11 @@ class SGLangEngine:
             else:
                 if outcome is not None:
                     return outcome
-                self._notes.count("resubmitted")
-                server = server if server.in_use else await self._pool.choose()
 
     async def _attempt(self, request: Request, server: Server) -> Rollout | EngineFailure | None:
-        """One try at one server; None if a publish aborted it.
+        """One try at one server.
+
+        None if a publish aborted it, or if the server was taken out before it could be sent.
 
         Raises ServerError if there was no answer, or one by weights that nobody published.
         """
@@ -255,6 +256,8 @@ class SGLangEngine:
         with pool.assigned(server):
             async with server.slots:
                 await pool.gate.wait()
+                if not server.in_use:
+                    return None
                 publishes = pool.publishes
                 oldest = self._updates.contract.versions[self._updates.label]
                 body = wire.payload(
@@ -268,8 +271,11 @@ class SGLangEngine:
             pool.check_in_use(server)
             # In a thread: an answer with routes has tens of megabytes.
             outcome = await asyncio.to_thread(self._read, request, server, content, oldest)
-        if outcome is None and publishes == pool.publishes:
-            raise ServerError("bad_answer", f"{server.url} aborted a request though not asked to")
+        if outcome is None:
+            if publishes == pool.publishes:
+                words = f"{server.url} aborted a request though not asked to"
+                raise ServerError("bad_answer", words)
+            self._notes.count("resubmitted")
         if isinstance(outcome, Rollout):
             server.strikes = 0
             self._notes.count("rollouts")

@@ -111,8 +111,8 @@ class Updates:
 
     async def _restore(self, server: Server, weights: Weights) -> None:
         """Try to bring a server that was taken out back into use, with weights proven before."""
-        for answer in (await self._load([server], weights)).values():
-            if self._probe.fits(weights, answer):
+        for url, answer in (await self._load([server], weights)).items():
+            if self._probe.fits(url, weights, answer):
                 self._pool.put_in_use(server, weights.label)
             else:
                 self._pool.take_out(server, "it came back with other weights than it was sent")
@@ -147,7 +147,8 @@ class Updates:
         if outcome is None:
             raise ServerError("bad_answer", f"{url} aborted the probe")
         try:
-            return Answer(outcome, wire.prompt_logprobs(as_object(content, url), request))
+            value, vocab_size = as_object(content, url), contract.model.vocab_size
+            return Answer(outcome, wire.prompt_logprobs(value, request, vocab_size))
         except wire.BadAnswer as error:
             raise ServerError(error.cause, f"{url}: {error}") from error
 

@@ -60,7 +60,7 @@ class Contract:
     """What answers are read against."""
 
     model: ModelConfig  # that the servers serve
-    versions: Mapping[str, int]  # label of published weights -> their version
+    versions: Mapping[str, int]  # label of weights that may have answered -> their version
     routes: bool  # whether routes were asked for
     keep_spanning_routes: bool  # also those of a response that several versions sampled
     decode_text: Callable[[Sequence[int]], str]  # response tokens -> Rollout.text
@@ -218,7 +218,7 @@ def parse(value: Any, request: Request, contract: Contract) -> Rollout:
     return with_routes(rollout, _routes(meta, contract.model, rollout), contract.model)
 
 
-def prompt_logprobs(value: Any, request: Request) -> np.ndarray:
+def prompt_logprobs(value: Any, request: Request, vocab_size: int) -> np.ndarray:
     """f32[P - 1], nats, at temperature 1: those of prompt tokens 1 .. P-1 given the ones before.
 
     The answer is that to payload(request, prompt_logprobs=True). Raises BadAnswer.
@@ -229,8 +229,11 @@ def prompt_logprobs(value: Any, request: Request) -> np.ndarray:
     _expect(f"length of {name}", len(entries), len(prompt))
     ids = [_pair(f"{name}[{i}]", entry)[1] for i, entry in enumerate(entries)]
     # The last id of the vocabulary is written as 0, and only here (logprob_result_processor.py).
-    asked = [0 if found == 0 else token for found, token in zip(ids, prompt, strict=True)]
-    _expect(f"token ids of {name}", ids, asked)
+    ids = [
+        last if (found, last) == (0, vocab_size - 1) else found
+        for found, last in zip(ids, prompt, strict=True)
+    ]
+    _expect(f"token ids of {name}", ids, prompt)
     # The first token has none: nothing stands before it.
     return np.array(
         [_logprob(f"{name}[{i}]", entry[0]) for i, entry in enumerate(entries) if i > 0],
@@ -332,8 +335,8 @@ def _versions(labels: Sequence[str], known: Mapping[str, int]) -> list[int]:
     if strangers:
         raise BadAnswer(
             "wrong_version",
-            f"tokens were sampled by weights labelled {strangers}, which this run did not publish; "
-            f"it published {sorted(known)}",
+            f"tokens were sampled by weights labelled {strangers}; the request was sent for those "
+            f"labelled {sorted(known)}",
         )
     return [known[label] for label in labels]
 

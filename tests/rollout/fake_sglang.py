@@ -258,6 +258,7 @@ class FakeServer:
         self._running: list[_Generation] = []
         self._rids: set[str] = set()
         self._stepping = 0
+        self._updates: list[object] = []  # those that have begun
         self._prefixes: set[tuple[Any, ...]] = set()  # prompts in the cache
         self._stopped = False
         handler = functools.partial(_Handler, server_state=self)
@@ -306,16 +307,35 @@ class FakeServer:
             raise _Refusal(404, {"detail": "Not Found"})
         return simple[path]()
 
+    @contextlib.contextmanager
+    def alone(self, path: str) -> Iterator[None]:
+        """Two updates at once end the process, as they end the real server's."""
+        if path != "/update_weights_from_disk":
+            yield
+            return
+        updates, update = self._updates, object()
+        with self._changed:
+            updates.append(update)
+        try:
+            if len(updates) > 1:
+                self.stop()
+                raise _Gone
+            yield
+        finally:
+            updates.remove(update)
+
     def authorised(self, path: str, header: str | None) -> bool:
         return (
             not self._api_key or path.startswith("/health") or header == f"Bearer {self._api_key}"
         )
 
-    def wait(self, ready: Callable[[], bool], peer: _Peer, seconds: float | None = None) -> bool:
+    def wait(
+        self, ready: Callable[[], bool], peer: _Peer | None, seconds: float | None = None
+    ) -> bool:
         """Until ready(), holding the condition; False after `seconds`, _Gone if anyone leaves."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not ready():
-            if self._stopped or peer.gone():
+            if self._stopped or (peer is not None and peer.gone()):
                 raise _Gone
             if deadline is not None and time.monotonic() >= deadline:
                 return False
@@ -327,7 +347,7 @@ class FakeServer:
         with self._changed:
             self.wait(lambda: False, peer)
 
-    def pause_for(self, seconds: float, peer: _Peer) -> None:
+    def pause_for(self, seconds: float, peer: _Peer | None) -> None:
         with self._changed:
             self.wait(lambda: False, peer, seconds)
 
@@ -695,9 +715,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if not self._state.authorised(url.path, self.headers.get("Authorization")):
                 raise _Refusal(401, {"error": "Unauthorized"})
             faults = self._state.receive(url.path, body)
-            for fault in self._before(faults):
-                raise _Refusal(fault.status, {"error": {"message": "a scripted fault"}})
-            answer = self._state.answer(url.path, query, body, faults, _Peer(self.connection))
+            with self._state.alone(url.path):
+                for fault in self._before(faults):
+                    raise _Refusal(fault.status, {"error": {"message": "a scripted fault"}})
+                answer = self._state.answer(url.path, query, body, faults, _Peer(self.connection))
             for fault in faults:
                 if fault.kind == "edit":
                     self._state.edit(fault, answer)
@@ -716,7 +737,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if fault.kind == "hang":
                 self._state.hang(peer)
             elif fault.kind == "delay":
-                self._state.pause_for(fault.seconds, peer)
+                # The real server loads weights to the end, whoever still waits.
+                loads = fault.path == "/update_weights_from_disk"
+                self._state.pause_for(fault.seconds, None if loads else peer)
             elif fault.kind == "drop":
                 raise _Gone
             elif fault.kind == "status":

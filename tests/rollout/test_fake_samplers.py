@@ -63,7 +63,7 @@ def test_a_published_model_answers_as_the_engine_in_process(tmp_path: Path) -> N
             np.testing.assert_allclose(
                 rollout.sampler_logprobs, expected.sampler_logprobs, atol=1e-5
             )
-            prompt = wire.prompt_logprobs(value, request)
+            prompt = wire.prompt_logprobs(value, request, MODEL.vocab_size)
             weights = SAMPLER.load(publication.path)
             tokens = request.prompt.tokens.tolist()
             np.testing.assert_allclose(prompt, SAMPLER.score(weights, tokens, 1.0), atol=1e-6)

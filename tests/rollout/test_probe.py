@@ -15,6 +15,7 @@ TOLERANCE = 0.1
 PROMPT, SAMPLED = 12, 4
 PROBE = dataclasses.replace(request(7, prompt_length=PROMPT), sampling=SamplingParams(SAMPLED))
 URL = "http://server"
+OTHER = "http://127.0.0.1:30001"
 
 
 def truth(params: float, temperature: float = 1.0) -> np.ndarray:
@@ -150,8 +151,17 @@ def test_servers_that_said_the_same_are_scored_once() -> None:
 def test_a_server_that_comes_back_is_judged_by_the_last_weights(probe: Probe) -> None:
     judge(probe, 1.0, 0, answer(1.0))
     judge(probe, 2.0, 1, answer(2.0))
-    assert probe.fits(weights(1), answer(2.0, off=0.09))
-    assert not probe.fits(weights(1), answer(1.0))
+    assert not probe.fits(URL, weights(1), answer(1.0))
+    assert probe.fits(URL, weights(1), answer(2.0, off=0.09))
+
+
+def test_a_server_that_comes_back_with_just_what_it_had_is_seen_within_the_tolerance(
+    probe: Probe,
+) -> None:
+    judge(probe, 1.0, 0, answer(1.0))
+    probe.judge(1.0 + 0.5 * TOLERANCE, weights(1), {OTHER: answer(1.0 + 0.5 * TOLERANCE)})
+    assert not probe.fits(URL, weights(1), answer(1.0))
+    assert probe.fits(OTHER, weights(1), answer(1.0))  # it never had them
 
 
 def test_a_prompt_needs_a_token_with_a_log_probability() -> None:

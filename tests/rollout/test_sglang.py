@@ -350,14 +350,6 @@ def test_a_publish_waits_for_no_response(
         check_sampled_by(mine, params, version, tmp_path)
 
 
-def test_a_negative_version_is_refused(server: FakeServer, tmp_path: Path) -> None:
-    with (
-        engine([server], tmp_path) as made,
-        pytest.raises(ValueError, match="version is -1; weight versions count from 0"),
-    ):
-        made.publish("one", -1)
-
-
 def test_what_could_not_be_cleaned_up_is_an_event(server: FakeServer, tmp_path: Path) -> None:
     class Untidy(Learner):
         def write(self, params: str, version: int) -> Any:
@@ -486,6 +478,7 @@ def test_a_report_has_every_count_once(server: FakeServer, tmp_path: Path) -> No
     [
         ({"servers": ("127.0.0.1:30000",)}, "write http://HOST:PORT"),
         ({"servers": ("http://127.0.0.1:30000/",)}, "write http://HOST:PORT"),
+        ({"servers": ("http://127.0.0.1:30000/v1",)}, "write http://HOST:PORT"),
         ({"servers": ("http://user:word@host:1",)}, r"the API key into \$SGLANG_API_KEY"),
         ({"servers": ("http://a:1", "http://a:1")}, "names a server twice"),
         ({"attempts": 0}, "sglang.attempts is 0; it must be positive"),

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 
-from jaxrl_llm.model.config import MoEConfig
 from jaxrl_llm.rollout.engine import EngineError, EngineFailure
 from jaxrl_llm.rollout.sglang import SGLangEngine
 from tests.rollout import fake_faults
@@ -23,12 +22,9 @@ from tests.rollout.fake_faults import Edit, Fault, FaultKind
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.sglang_engines import (
     CONFIG,
-    MODEL,
     SAMPLER,
-    Learner,
     check_sampled_by,
     engine,
-    release_at_update,
     requests,
     rollouts,
     sampling_bodies,
@@ -78,6 +74,20 @@ def failures(outcomes: Any) -> list[EngineFailure]:
 
 
 # --- servers that vanish
+
+
+def test_what_waits_for_a_server_that_is_taken_out_is_not_sent_to_it(
+    server: FakeServer, other: FakeServer, tmp_path: Path
+) -> None:
+    """Its slots are free then; whoever took one would wait for request_seconds."""
+    config = dataclasses.replace(WATCHFUL, concurrency=1)
+    with engine([server, other], tmp_path, config) as made:
+        made.publish("one", 0)
+        for path in ("/generate", "/health", "/model_info", "/abort_request"):
+            server.add(Fault(path, "hang"))
+        check_sampled_by(rollouts(made.generate(requests(2, 4))), "one", 0, tmp_path)
+        assert len(sampling_bodies(server)) == 1
+        assert made.report().metrics["engine/retries"] == 1
 
 
 def test_killed_while_it_samples(
@@ -150,22 +160,6 @@ def test_a_health_check_sees_that_a_server_was_restarted(
     wait_until(lambda: server.weight_version == "v0-one")
     check_sampled_by(rollouts(one.generate(requests(2))), "one", 0, tmp_path)
     assert one.report().metrics["engine/retries"] == 0
-
-
-def test_a_server_that_comes_back_with_wrong_weights_is_not_used(
-    server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    with engine([server, other], tmp_path, WATCHFUL) as made:
-        made.publish("one", 0)
-        updates = len(server.bodies(UPDATE))
-        server.add(Fault(UPDATE, "keep_weights"))
-        server.stop()
-        server.restart()
-        server.wait_requests(UPDATE, updates + 3)  # it was tried, found wrong, and tried again
-        assert made.report().metrics["engine/servers"] == 1
-        server.clear_faults()
-        wait_until(lambda: made.report().metrics["engine/servers"] == 2)
-        check_sampled_by(rollouts(made.generate(requests(4))), "one", 0, tmp_path)
 
 
 def test_refusing_connections_at_the_start(other: FakeServer, tmp_path: Path) -> None:
@@ -376,193 +370,6 @@ def test_if_all_servers_have_unknown_weights_the_request_fails(
     assert "labelled ['strange']" in failed.message
 
 
-# --- weights that do not arrive
-
-
-def test_an_update_that_fails_once_is_repeated(
-    server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    with engine([server, other], tmp_path, WATCHFUL) as made:
-        made.publish("one", 0)
-        server.add(Fault(UPDATE, "status", calls=(1,)))
-        made.publish("two", 1)
-        report = made.report()
-        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
-    assert report.metrics["engine/update_retries"] == 1
-    assert report.metrics["engine/servers"] == 2
-    assert f"repeating an update: {server.url}{UPDATE} answered 500" in " ".join(report.events)
-
-
-NO_UPDATE = [
-    Fault(UPDATE, "status"),
-    Fault(UPDATE, "status", status=400),
-    Fault(UPDATE, "drop"),
-    Fault("/pause_generation", "status"),
-    Fault("/continue_generation", "status"),
-    Fault("/model_info", "status"),
-    Fault("/generate", "status"),
-]
-
-
-@pytest.mark.parametrize("fault", NO_UPDATE, ids=lambda fault: f"{fault.path} {fault.kind}")
-def test_a_server_that_cannot_be_updated_is_taken_out_and_the_run_goes_on(
-    server: FakeServer, other: FakeServer, tmp_path: Path, fault: Fault
-) -> None:
-    with engine([server, other], tmp_path, WATCHFUL) as made:
-        made.publish("one", 0)
-        server.add(fault)
-        made.publish("two", 1)
-        report = made.report()
-        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
-        assert report.metrics["engine/servers"] == 1
-        assert f"{server.url} was taken out: it did not " in " ".join(report.events)
-        server.clear_faults()
-        wait_until(lambda: made.report().metrics["engine/servers"] == 2)
-        assert server.weight_version == "v1-two"
-
-
-def test_an_update_that_hangs_costs_the_server(
-    server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    with engine([server, other], tmp_path, dataclasses.replace(CONFIG, update_seconds=1)) as made:
-        made.publish("one", 0)
-        server.add(Fault(UPDATE, "hang"))
-        made.publish("two", 1)
-        assert f"{server.url} was taken out: it did not load version 1 within 1 s" in (
-            made.report().events
-        )
-        check_sampled_by(rollouts(made.generate(requests(4))), "two", 1, tmp_path)
-
-
-def test_a_cache_that_was_not_flushed_is_flushed(
-    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights changed, but something ran: the server still names the old ones, so it is told again.
-
-    Without that it would go on with keys and values of the old weights.
-    """
-    flushes = iter([False])
-    flush_now = server._flush_now
-    with engine([server], tmp_path, WATCHFUL) as made:
-        made.publish("one", 0)
-        monkeypatch.setattr(server, "_flush_now", lambda: next(flushes, flush_now()))
-        made.publish("two", 1)
-        report = made.report()
-        check_sampled_by(rollouts(made.generate(requests(2))), "two", 1, tmp_path)
-    assert report.metrics["engine/update_retries"] == 1
-    assert "the cache was not flushed" in " ".join(report.events)
-    assert len(server.bodies("/pause_generation")) == 3
-
-
-def test_weights_that_no_server_takes_stop_the_run(
-    server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    with engine([server, other], tmp_path, dataclasses.replace(WATCHFUL, attempts=2)) as made:
-        made.publish("one", 0)
-        server.add(Fault(UPDATE, "status"))
-        other.stop()
-        with pytest.raises(EngineError) as caught:
-            made.publish("two", 1)
-        message = str(caught.value)
-        assert message.startswith("no server took version 1 (v1-two): ")
-        assert f"{server.url}: it did not load version 1: {server.url}{UPDATE} answered 500" in (
-            message
-        )
-        assert f"{other.url}: it did not pause: {other.url}/pause_generation: Connect" in message
-        assert made.report().metrics["engine/servers"] == 0
-
-
-def test_weights_that_cannot_be_written_leave_the_servers_as_they_are(
-    server: FakeServer, tmp_path: Path
-) -> None:
-    class Full(Learner):
-        def write(self, params: str, version: int) -> Any:
-            if version == 1:
-                raise ValueError("No space left on device")
-            return super().write(params, version)
-
-    made = SGLangEngine(
-        dataclasses.replace(CONFIG, servers=(server.url,)),
-        MODEL,
-        str,
-        learner=Full(tmp_path).side(),
-        routes=True,
-        journal=None,
-    )
-    made.publish("one", 0)
-    with pytest.raises(ValueError, match="No space left"):
-        made.publish("two", 1)
-    check_sampled_by(rollouts(made.generate(requests(2))), "one", 0, tmp_path)
-    made.close()
-
-
-# --- servers with other weights than they say
-
-
-def test_a_server_left_on_old_weights_stops_the_run_which_says_where_which_version_is(
-    two: SGLangEngine, server: FakeServer, other: FakeServer
-) -> None:
-    server.add(Fault(UPDATE, "keep_weights"))
-    with pytest.raises(EngineError) as caught:
-        two.publish("two", 1)
-    message = str(caught.value)
-    assert message.startswith("version 1 (v1-two) was published twice, but a server samples from")
-    assert f"{server.url} holds version 0 (v0-one), " in message
-    assert f"{other.url} holds version 1 (v1-two), 0 nats off the learner" in message
-    assert server.weight_version == other.weight_version == "v1-two"  # by their own account
-    assert two.report().metrics["engine/servers"] == 0
-
-
-def test_a_server_left_on_old_weights_is_seen_however_close_they_are(
-    server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    """Within the tolerance the probe sees that the answer is bit for bit the old one."""
-    config = dataclasses.replace(CONFIG, probe_tolerance=20)
-    with engine([server, other], tmp_path, config) as made:
-        made.publish("one", 0)
-        other.add(Fault(UPDATE, "keep_weights"))
-        with pytest.raises(EngineError, match=rf"{other.url} holds version 0 \(v0-one\), "):
-            made.publish("two", 1)
-
-
-def test_the_first_weights_are_proven_too(server: FakeServer, tmp_path: Path) -> None:
-    server.add(Fault(UPDATE, "keep_weights"))
-    with engine([server], tmp_path) as made:
-        with pytest.raises(EngineError, match=f"{server.url} holds no version that this run pub"):
-            made.publish("one", 0)
-        with pytest.raises(RuntimeError, match="no weights"):
-            made.generate(requests(1))
-
-
-def test_a_second_update_is_enough(
-    two: SGLangEngine, server: FakeServer, other: FakeServer, tmp_path: Path
-) -> None:
-    server.add(Fault(UPDATE, "keep_weights", calls=(1,)))
-    two.publish("two", 1)
-    check_sampled_by(rollouts(two.generate(requests(4))), "two", 1, tmp_path)
-    report = two.report()
-    assert report.metrics["engine/servers"] == 2
-    assert "version 1 is sent once more" in " ".join(report.events)
-    assert (len(server.bodies(UPDATE)), len(other.bodies(UPDATE))) == (3, 2)
-
-
-def test_what_was_under_way_when_a_publish_failed_is_not_returned(
-    server: FakeServer, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(ALONE, on_publish="in_place")
-    with engine([server], tmp_path, config) as made:
-        made.publish("one", 0)
-        server.hold(2)
-        outcomes = made.generate(requests(2))
-        server.wait_held(2)
-        server.add(Fault(UPDATE, "keep_weights"))
-        release_at_update(server, 2)
-        with pytest.raises(EngineError, match="was published twice"):
-            made.publish("two", 1)
-        with pytest.raises(EngineError, match="version 1 was published in vain"):
-            next(outcomes)
-
-
 # --- servers that are unfit
 
 
@@ -602,21 +409,6 @@ def test_route_capture_is_needed_by_those_who_need_routes(tmp_path: Path) -> Non
         found = rollouts(made.generate(requests(2)))
     check_sampled_by(found, "one", 0, tmp_path)
     assert all(rollout.routes is None for rollout in found)
-
-
-def test_a_model_that_the_servers_would_compute_wrongly_is_refused(
-    server: FakeServer, tmp_path: Path
-) -> None:
-    model = dataclasses.replace(MODEL, moe=MoEConfig(8, 2, dense_layers=(0,), dense_width=8))
-    with pytest.raises(EngineError, match=r"dense_layers \(0,\) would hold random weights"):
-        SGLangEngine(
-            dataclasses.replace(CONFIG, servers=(server.url,)),
-            model,
-            str,
-            learner=Learner(tmp_path).side(),
-            routes=True,
-            journal=None,
-        )
 
 
 def test_what_is_no_sglang_server_is_refused(tmp_path: Path) -> None:

@@ -131,22 +131,26 @@ def test_what_is_no_answer_is_no_abort_either(value: Any) -> None:
 
 def test_prompt_log_probabilities_begin_at_the_second_token() -> None:
     value, request = recorded("basic")
-    found = wire.prompt_logprobs(value, request)
+    found = wire.prompt_logprobs(value, request, SERVED.vocab_size)
     assert found.dtype == np.float32
     assert found.shape == (7,)
     assert found[0] == np.float32(-6.701637268066406)
     entries = value["meta_info"]["input_token_logprobs"]
     entries[3][1] += 1
     with pytest.raises(wire.BadAnswer, match="token ids of input_token_logprobs"):
-        wire.prompt_logprobs(value, request)
+        wire.prompt_logprobs(value, request, SERVED.vocab_size)
     entries[3][1] -= 1
     entries[3][0] = None
     with pytest.raises(wire.BadAnswer, match=r"input_token_logprobs\[3\]") as caught:
-        wire.prompt_logprobs(value, request)
+        wire.prompt_logprobs(value, request, SERVED.vocab_size)
     assert caught.value.cause == "not_finite"
+    entries[3][:2] = [-1.0, 0]  # as sglang writes the last id of the vocabulary
+    with pytest.raises(wire.BadAnswer, match="token ids of input_token_logprobs"):
+        wire.prompt_logprobs(value, request, SERVED.vocab_size)
+    wire.prompt_logprobs(value, request, vocab_size=int(request.prompt.tokens[3]) + 1)
     value, request = recorded("greedy")
     with pytest.raises(wire.BadAnswer, match="length of input_token_logprobs is 0; expected 8"):
-        wire.prompt_logprobs(value, request)
+        wire.prompt_logprobs(value, request, SERVED.vocab_size)
 
 
 # --- the alignment rule

@@ -114,7 +114,7 @@ def test_every_log_probability_and_the_routes_are_ours(
         expected = ours(params(0), rollout.tokens).logprobs
         reported = np.where(rollout.loss_mask, rollout.sampler_logprobs, 0)
         prompt = request.prompt.tokens.size - 1
-        reported[:prompt] = wire.prompt_logprobs(value, request)
+        reported[:prompt] = wire.prompt_logprobs(value, request, MODEL.vocab_size)
         np.testing.assert_allclose(reported, expected, rtol=0, atol=NATS)
         pairs.append((rollout, params(0)))
         sampled.append(reported)

@@ -9,6 +9,15 @@ install ""
 bash launch/sglang_cpu.sh --install
 
 export SGLANG_URL="${SGLANG_URL:-http://127.0.0.1:30000}"
+healthy() {
+  python -c 'import sys, httpx; httpx.get(sys.argv[1], timeout=5).raise_for_status()' \
+    "$SGLANG_URL/health" 2>/dev/null
+}
+if healthy; then
+  echo "A server answers at $SGLANG_URL already; the quickstart starts one of its own." >&2
+  echo "Stop it, or choose another port: SGLANG_URL=http://127.0.0.1:30001 bash $0" >&2
+  exit 1
+fi
 served="$(mktemp -d)"
 jaxrl-llm export configs/quickstart_sglang.py "$served/model" --dtype float32
 bash launch/sglang_cpu.sh "$served/model" --port "${SGLANG_URL##*:}" --skip-tokenizer-init \
@@ -22,10 +31,6 @@ stop() {
 trap stop EXIT
 
 echo "Waiting for the server at $SGLANG_URL (about a minute) ..."
-healthy() {
-  python -c 'import sys, httpx; httpx.get(sys.argv[1], timeout=5).raise_for_status()' \
-    "$SGLANG_URL/health" 2>/dev/null
-}
 until healthy; do
   if ! kill -0 "$server" 2>/dev/null; then
     tail -n 30 "$served/server.log" >&2

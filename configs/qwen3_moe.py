@@ -28,7 +28,7 @@ from jaxrl_llm.learner.checkpoint import CheckpointConfig
 from jaxrl_llm.learner.state import OptimizerConfig
 from jaxrl_llm.learner.step import LearnerConfig
 from jaxrl_llm.model.config import ComputeConfig
-from jaxrl_llm.model.hf import read_model_config
+from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.rollout.sglang import SGLangConfig
 
 RESPONSE, PROMPT = 8192, 1024

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
@@ -29,16 +28,14 @@ from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxrl_llm.engines import make_engine, make_journal
-from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.checkpoint import (
-    Checkpoint,
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
     restore,
 )
-from jaxrl_llm.learner.publish import PublishError
+from jaxrl_llm.learner.publish import MANIFEST, PublishError, verify
 from jaxrl_llm.learner.sft import make_sft_step
 from jaxrl_llm.learner.state import (
     Optimizer,
@@ -47,12 +44,15 @@ from jaxrl_llm.learner.state import (
     fresh_optimizer_state,
     init_state,
     make_optimizer,
+    random_params,
 )
 from jaxrl_llm.learner.step import ScoreStep, TrainStep, make_score_step, make_train_step
 from jaxrl_llm.learner.tighten import tightened
 from jaxrl_llm.learner.watch import WatchConfig, WatchState
+from jaxrl_llm.lock import locked
 from jaxrl_llm.losses.policy import LossConfig
-from jaxrl_llm.model.hf import load_params, read_model_config
+from jaxrl_llm.model.hf import load_params
+from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.buffer import RolloutBuffer, UnderWay
 from jaxrl_llm.rollout.engine import Engine, EngineError
@@ -63,6 +63,8 @@ from jaxrl_llm.types import Prompt, SamplingParams
 
 CHECKPOINTS, REFERENCE = "checkpoints", "reference"
 """Folders of a run directory: its checkpoints, and the policy that a KL penalty refers to."""
+
+ENDED = "wait until it has ended (a stopped run finishes its step first), or use another --run-dir"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,21 +169,19 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
-    stack.enter_context(_locked(config.directory))
+    stack.enter_context(locked(config.directory, ENDED))
     _check_directory(config)
     if config.cold_start.weights and not (config.directory / "config.json").exists():
         # Now, or the directory would be one of these settings; and a run that goes on has its own.
         _check_weights(config)
     train = load_prompts(config.task.data, tokenizer, "train")
-    heldout = _heldout(config, tokenizer)
+    heldout = heldout_prompts(config, tokenizer)
     _check_size(config, len(train))
     _check_length(config, heldout)
     mesh = make_mesh(config.learner.mesh)
     cold_optimizer, optimizer = _optimizers(config)
     journal = make_journal(config)
-    engine = stack.enter_context(
-        contextlib.closing(make_engine(config, tokenizer, heldout[0], mesh, journal))
-    )
+    engine = make_engine(config, tokenizer, heldout[0], mesh, journal, stack)
     log = stack.enter_context(RunWriter(config.directory, config.log))
     log.write_config(to_json(config))
     return Job(
@@ -256,7 +256,8 @@ def resume(job: Job) -> Progress:
     job.log.resume(checkpoint.step)
     reference = None
     if config.loss.kl.coefficient and checkpoint.step >= config.cold_start.steps:
-        kept = restore(config.directory / REFERENCE, abstract)
+        without_optimizer = abstract_state(config.model, None, job.mesh)
+        kept = restore(config.directory / REFERENCE, without_optimizer)
         if kept is None:
             raise CheckpointError(
                 f"{config.directory / REFERENCE} is gone, and loss.kl.coefficient needs the "
@@ -275,22 +276,25 @@ def resume(job: Job) -> Progress:
 
 def _begin(job: Job) -> Progress:
     config = job.config
-    state = initial_state(config, job.mesh)
+    state = init_state(initial_params(config, job.mesh), job.cold_optimizer)
     buffer = RolloutBuffer(config.rollout.buffer, drawn=config.cold_start.prompts)
     progress = Progress(0, state, buffer, WatchState(), None)
     return progress if config.cold_start.steps else start_rl(job, progress)
 
 
-def initial_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """What training starts from: the weights of cold_start.weights, or random ones."""
-    optimizer, folder = _optimizers(config)[0], config.cold_start.weights
+def initial_params(config: RunConfig, mesh: Mesh) -> Params:
+    """What training starts from: the weights of cold_start.weights, or random ones.
+
+    Raises ValueError if that folder is not of this model, or is a publication with damaged files.
+    """
+    folder = config.cold_start.weights
     if not folder:
         key = jax.random.key(_seed(config, "weights") % 2**32)
-        return init_state(config.model, optimizer, mesh, key)
+        return random_params(config.model, mesh, key)
     _check_weights(config)
-    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
-    params = load_params(folder, config.model, mesh)
-    return fresh_optimizer_state(TrainState(step, params, None), optimizer)
+    if (Path(folder) / MANIFEST).exists():
+        verify(folder)  # flipped bits are numbers too
+    return load_params(folder, config.model, mesh)
 
 
 def start_rl(job: Job, progress: Progress) -> Progress:
@@ -337,73 +341,10 @@ def save(job: Job, progress: Progress) -> None:
         job.journal.forget(first - job.config.rollout.buffer.max_staleness)
 
 
-def newest_checkpoint(config: RunConfig, run_dir: Path) -> Checkpoint:
-    """Of a run with this config; ValueError where there is none."""
-    mesh, optimizer = make_mesh(config.learner.mesh), _optimizers(config)[1]
-    checkpoint = restore(run_dir / CHECKPOINTS, abstract_state(config.model, optimizer, mesh))
-    if checkpoint is None:
-        raise ValueError(f"{run_dir} has no checkpoint yet; let the run make one first")
-    return checkpoint
-
-
-def evaluate_checkpoint(
-    run_dir: Path, *, samples: int | None, prompts: int | None, seed: int
-) -> tuple[int, EvaluationResult]:
-    """Evaluate the newest checkpoint of a run on its held-out prompts; (its step, the result).
-
-    None for samples or prompts takes what the run's own evaluation took. The run may be going on,
-    unless it samples on servers: those get the checkpoint's weights. Raises ValueError where there
-    is no checkpoint.
-    """
-    config = read_config(run_dir / "config.json")
-    samples = config.evaluation.samples if samples is None else samples
-    prompts = config.evaluation.prompts if prompts is None else prompts
-    pass_k = config.evaluation.pass_k
-    evaluation = dataclasses.replace(
-        config.evaluation, samples=samples, prompts=prompts, pass_k=min(pass_k, samples)
-    )
-    checkpoint = newest_checkpoint(config, run_dir)
-    tokenizer = make_tokenizer(config.task.tokenizer)
-    heldout = _heldout(config, tokenizer)
-    mesh = make_mesh(config.learner.mesh)
-    with contextlib.ExitStack() as stack:
-        if config.rollout.sglang.servers:
-            # A run that goes on would find other weights on its servers than it put there.
-            stack.enter_context(_locked(run_dir))
-        engine = make_engine(config, tokenizer, heldout[0], mesh, None)
-        stack.enter_context(contextlib.closing(engine))
-        # As the run called them, so that a publication which is still there serves again.
-        version = max(0, checkpoint.step - config.cold_start.steps)
-        engine.publish(checkpoint.state.params, version)
-        result = evaluate(
-            engine,
-            heldout,
-            stack.enter_context(Verifier(config.task.reward)),
-            sampling=config.rollout.sampling(tokenizer.stop_token_ids),
-            config=evaluation,
-            seed=seed,
-        )
-    return checkpoint.step, result
-
-
-def _heldout(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
+def heldout_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
+    """The held-out split, in order."""
     source = load_prompts(config.task.data, tokenizer, "heldout")
     return tuple(source[index] for index in range(len(source)))
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from writing here; ValueError if one does. A kill frees the lock."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is writing to {directory}; wait until it has ended (a stopped "
-                "run finishes its step first), or use another --run-dir"
-            ) from error
-        yield
 
 
 def _check_weights(config: RunConfig) -> None:

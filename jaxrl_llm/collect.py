@@ -6,6 +6,8 @@ prompts sent, rewards, whole groups, with what was lost on the way counted. What
 
 An engine that overlaps goes on with the groups asked for ahead while the learner updates. What is
 under way is in no checkpoint, but which prompts are is: a run that goes on asks for them again.
+Where nothing may be asked for ahead, a step waits for all that it asked for, so that what is
+learned, and what is drawn next, does not depend on which responses were finished first.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from jaxrl_llm.assembly import Job, Progress
 from jaxrl_llm.data.prompts import prompt_indices
 from jaxrl_llm.evaluate import evaluate
-from jaxrl_llm.rollout.buffer import RolloutBuffer
 from jaxrl_llm.rollout.engine import EngineError, Request
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group
@@ -41,7 +42,7 @@ class Tally:
 def fill_buffer(
     job: Job, progress: Progress, timings: Timings
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Sample and verify until progress.buffer holds this step's groups.
+    """Sample and verify until progress.buffer holds this step's groups, none of them too stale.
 
     An engine that does not overlap also samples those asked for ahead. Returns what was lost as
     metrics, and why as events. Raises EngineError where the groups cannot be had.
@@ -49,7 +50,8 @@ def fill_buffer(
     rollout, buffer, under_way = job.config.rollout, progress.buffer, job.under_way
     ahead = min(rollout.buffer.max_staleness, job.last_step - progress.step - 1)
     wanted = rollout.groups * (1 + ahead)
-    needed = rollout.groups if job.engine.overlaps else wanted
+    overlapped = ahead > 0 and job.engine.overlaps
+    needed = rollout.groups if overlapped else wanted
     timings |= {"seconds/rollout": 0.0, "seconds/reward": 0.0}
     stale_before = buffer.dropped_stale
     buffer.drop_stale(job.version(progress))
@@ -59,27 +61,26 @@ def fill_buffer(
         missing = wanted - len(buffer) - len(buffer.pending)
         if missing > 0:
             _ask(job, buffer.draw(math.ceil(missing * rollout.oversample)))
-        _receive(job, buffer, needed, timings, tally)
+        while under_way.responses and not (overlapped and buffer.ready(needed)):
+            _receive(job, progress, timings, tally)
         if buffer.ready(needed):
             break
-    if not (ahead and job.engine.overlaps):
-        # Weights change before the rest could be used.
-        under_way.cancel()
     losses = under_way.assembler.take_losses()
     failures = [
         f"the engine failed {count} requests ({cause}), the first: {losses.messages[cause]}"
         for cause, count in losses.failures.items()
     ]
+    stale = buffer.dropped_stale - stale_before
     if len(buffer) < rollout.groups:
-        filtered = [f"{tally.filtered} groups were filtered ({rollout.filter})"]
+        lost = {f"filtered ({rollout.filter})": tally.filtered, "too stale": stale}
+        reasons = [f"{count} groups were {what}" for what, count in lost.items() if count]
         raise EngineError(
             f"step {progress.step + 1} has {len(buffer)} of {rollout.groups} groups after "
             f"{1 + rollout.refills} attempts (1 + rollout.refills): "
-            f"{'; '.join(failures + filtered[: tally.filtered])}"
+            f"{'; '.join(failures + reasons)}"
         )
     report = job.engine.report()
     timings["rate/rollout_tokens_per_second"] = tally.tokens / max(timings["seconds/rollout"], 1e-9)
-    stale = buffer.dropped_stale - stale_before
     metrics = {
         "rollout/failures": float(sum(losses.failures.values())),
         "rollout/dropped_groups": float(losses.dropped_groups + stale),
@@ -112,27 +113,26 @@ def _ask(job: Job, draws: Sequence[int]) -> None:
     job.under_way.responses.append(job.engine.generate(requests))
 
 
-def _receive(job: Job, buffer: RolloutBuffer, needed: int, timings: Timings, tally: Tally) -> None:
-    """Take outcomes until `needed` groups are ready or none is under way any more."""
-    assembler, responses = job.under_way.assembler, job.under_way.responses
-    while responses and not buffer.ready(needed):
-        with timed(timings, "seconds/rollout"):
-            outcome = next(responses[0], None)
-        if outcome is None:
-            responses.popleft()
-            continue
-        finished = assembler.add(outcome)
-        if finished is None:
-            continue
-        group = finished.group
-        if group is not None:
-            with timed(timings, "seconds/reward"):
-                group = _verified(job, group, tally)
-            tally.tokens += sum(rollout.response_length for rollout in group.rollouts)
-            if _filtered(job, group):
-                tally.filtered += 1
-                group = None
-        buffer.settle(finished.draw, group)
+def _receive(job: Job, progress: Progress, timings: Timings, tally: Tally) -> None:
+    """Take the next outcome of those asked for first; with a prompt's last one, settle its draw."""
+    responses = job.under_way.responses
+    with timed(timings, "seconds/rollout"):
+        outcome = next(responses[0], None)
+    if outcome is None:
+        responses.popleft()
+        return
+    finished = job.under_way.assembler.add(outcome)
+    if finished is None:
+        return
+    group = finished.group
+    if group is not None:
+        with timed(timings, "seconds/reward"):
+            group = _verified(job, group, tally)
+        tally.tokens += sum(rollout.response_length for rollout in group.rollouts)
+        if _filtered(job, group):
+            tally.filtered += 1
+            group = None
+    progress.buffer.settle(finished.draw, group, job.version(progress))
 
 
 def _verified(job: Job, group: Group, tally: Tally) -> Group:

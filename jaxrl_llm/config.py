@@ -60,7 +60,9 @@ class RolloutConfig:
     # Groups that are sampled but not learned from: those of equal rewards have no gradient
     # (DAPO's dynamic sampling, arXiv 2503.14476).
     filter: Literal["none", "equal_rewards"] = "none"
-    oversample: float = 1.0  # prompts asked for per group that is missing, for filters to choose
+    # Prompts asked for per group that is missing, for filters to choose among. With max_staleness 0
+    # a step waits for all that it asked for, also when it has its groups.
+    oversample: float = 1.0
     refills: int = 3  # times a step may ask for more, after failures and filters
     # Rollout batches sampled ahead of the learner: max_staleness 1 trains on what the previous
     # weights sampled, 0 on what the current ones did.
@@ -186,7 +188,8 @@ def _check_servers(config: RunConfig) -> None:
     if not rollout.sglang.servers:
         return
     if dense := config.model.moe.dense_layers:
-        # Seen in 0.5.23: it gives those layers random experts and says nothing.
+        # Seen in 0.5.23: it never reads mlp_only_layers, gives all layers experts, leaves those
+        # that no tensor fills random, and says nothing.
         raise ValueError(
             f"model.moe.dense_layers is {dense}, but SGLang computes every layer of a Qwen3-MoE "
             "with experts; leave rollout.sglang.servers empty, to sample with the in-process "
@@ -285,9 +288,38 @@ def load_config(path: Path) -> RunConfig:
     return config
 
 
+# Where the servers are, how patient the learner is with them and how weights reach them. A run may
+# go on with other ones: they decide whether a rollout arrives, not what it is drawn from.
+_OPERATIONAL = {
+    "sglang": (
+        "api_key_env",
+        "concurrency",
+        "attempts",
+        "request_seconds",
+        "health_seconds",
+        "update_seconds",
+        "probe_tolerance",
+        "journal",
+    ),
+    "publish": ("folder", "server_folder", "keep"),
+}
+
+
 def differences(left: RunConfig, right: RunConfig) -> list[str]:
-    """Dotted names of settings that differ, with both values; run_dir is no setting."""
-    a, b = (dict(to_json(config), run_dir="") for config in (left, right))
+    """Dotted names of settings that differ, with both values.
+
+    Left out is what makes no other experiment: run_dir, the addresses of servers where both have
+    some, and what else operates them.
+    """
+    a, b = to_json(left), to_json(right)
+    both = left.rollout.sglang.servers and right.rollout.sglang.servers
+    for values in (a, b):
+        del values["run_dir"]
+        for part, names in _OPERATIONAL.items():
+            for name in names:
+                del values["rollout"][part][name]
+        if both:
+            del values["rollout"]["sglang"]["servers"]
     return unequal(a, b)
 
 

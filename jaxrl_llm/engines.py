@@ -7,6 +7,7 @@ What it is not: an engine (rollout/).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
 
@@ -22,8 +23,8 @@ from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.rollout.sglang import LearnerSide, SGLangEngine
 from jaxrl_llm.types import Prompt
 
-WEIGHTS, IN_FLIGHT = "weights", "in_flight"
-"""Folders of a run directory: weights published to servers, and rollouts in no checkpoint yet."""
+IN_FLIGHT = "in_flight"
+"""Folder of a run directory: rollouts that are in no checkpoint yet."""
 
 CONTEXT_MARGIN = 8
 """Tokens of a served model's context beyond the longest sequence: SGLang ends responses 2 early."""
@@ -40,7 +41,12 @@ def make_journal(config: RunConfig) -> Journal | None:
 
 
 def make_engine(
-    config: RunConfig, tokenizer: Tokenizer, prompt: Prompt, mesh: Mesh, journal: Journal | None
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    mesh: Mesh,
+    journal: Journal | None,
+    stack: contextlib.ExitStack,
 ) -> Engine:
     """The engine, still without weights.
 
@@ -48,20 +54,25 @@ def make_engine(
       prompt: any real one; servers are probed with it.
       mesh: of the learner.
       journal: of make_journal, or None to keep nothing.
+      stack: closes the engine, and then lets others publish where it does.
 
-    Raises EngineError naming a server that cannot be reached or cannot serve this run.
+    Raises EngineError naming a server that cannot be reached or cannot serve this run, and
+    ValueError naming the folder if another process publishes there.
     """
     rollout, model = config.rollout, config.model
     if not rollout.sglang.servers:
-        return LocalEngine(rollout.engine, model, tokenizer.decode)
+        return stack.enter_context(
+            contextlib.closing(LocalEngine(rollout.engine, model, tokenizer.decode))
+        )
     publisher = Publisher(
         rollout.publish,
         model,
-        rollout.publish.folder or str((config.directory / WEIGHTS).absolute()),
+        config.directory,
         stop_token_ids=tokenizer.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
         max_length=rollout.max_length + CONTEXT_MARGIN,
     )
+    stack.enter_context(publisher.alone())
     # No stop tokens: the probe has the same number of tokens whatever the weights.
     sampling = dataclasses.replace(
         rollout.sampling(()), max_new_tokens=min(PROBE_TOKENS, rollout.max_new_tokens)
@@ -72,7 +83,7 @@ def make_engine(
         score=make_probe_score(model, config.learner.compute, mesh, length=length),
         probe=Request(prompt, 0, zlib.crc32(b"probe"), sampling),
     )
-    return SGLangEngine(
+    engine = SGLangEngine(
         rollout.sglang,
         model,
         tokenizer.decode,
@@ -80,3 +91,4 @@ def make_engine(
         routes=config.learner.replay == "r3",
         journal=journal,
     )
+    return stack.enter_context(contextlib.closing(engine))

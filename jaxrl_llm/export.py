@@ -10,12 +10,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from jaxrl_llm.assembly import initial_state, newest_checkpoint
-from jaxrl_llm.config import RunConfig, read_config
+from jaxrl_llm.assembly import initial_params
+from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import TokenizerConfig, make_tokenizer
 from jaxrl_llm.engines import CONTEXT_MARGIN
-from jaxrl_llm.model.hf import Dtype, config_json, tensors, write
+from jaxrl_llm.model.hf import tensors, write
+from jaxrl_llm.model.hf_config import Dtype, config_json
 from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.stored import newest_checkpoint, stored_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,15 +48,15 @@ def export_policy(source: RunConfig | Path, folder: Path, dtype: Dtype) -> str:
         raise ValueError(f"{folder} is there already and is no empty folder; give a new one")
     if isinstance(source, RunConfig):
         config, what = source, "the initial weights"
-        params = initial_state(config, make_mesh(config.learner.mesh)).params
+        params = initial_params(config, make_mesh(config.learner.mesh))
     else:
         if not (source / "config.json").is_file():
             raise ValueError(
                 f"{source} is neither a file nor a run directory, which has a config.json; give a "
                 "config such as configs/quickstart.py, or the directory of a run"
             )
-        config = read_config(source / "config.json")
-        checkpoint = newest_checkpoint(config, source)
+        config = stored_config(source)
+        checkpoint = newest_checkpoint(config)
         params, what = checkpoint.state.params, f"the weights of step {checkpoint.step}"
     tokenizer = make_tokenizer(config.task.tokenizer)
     described = config_json(

@@ -77,9 +77,11 @@ def run(config: RunConfig) -> Generator[StepRecord]:
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
     """All steps still to do, each with its records and the progress after it."""
     cold_steps = job.config.cold_start.steps
-    if progress.step == 0 and not cold_steps:
+    if progress.step >= cold_steps and job.log.last != (progress.step, "eval"):
+        # Without a cold start, or where the engine failed when the run last ended.
         records, progress = evaluated(job, progress)
-        yield records, progress
+        if records or progress.failure:
+            yield records, progress
     while progress.step < job.last_step and not progress.failure:
         cold = progress.step < cold_steps
         record, progress = (_cold_start_step if cold else _rl_step)(job, progress)
@@ -121,6 +123,8 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     """One rollout batch and the updates made from it."""
     timings: Timings = {}
     start = time.perf_counter()
+    # If the engine fails, the step begins anew and counts all: what is finished is in the journal.
+    progress = dataclasses.replace(progress, buffer=progress.buffer.copy())
     counts, events = fill_buffer(job, progress, timings)
     version = job.version(progress)
     groups = progress.buffer.take(job.config.rollout.groups, version)

@@ -45,6 +45,8 @@ class Eval:
     samples: int | None = None  # samples per prompt (k of avg@k, pass@k); default: the run's own
     prompts: int | None = None  # held-out prompts to use; default: the run's own
     seed: int = 0  # seed of the sampling
+    # SGLang servers in place of the run's own, each as http://HOST:PORT; default: the run's own.
+    servers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +158,14 @@ def train(path: Path, overrides: list[str], console: Console) -> int:
 def evaluate(command: Eval, console: Console) -> int:
     """Evaluate the newest checkpoint of a run; see Eval."""
     _use_compilation_cache()
-    from jaxrl_llm.assembly import evaluate_checkpoint
+    from jaxrl_llm.stored import evaluate_checkpoint
 
     step, result = evaluate_checkpoint(
-        command.run, samples=command.samples, prompts=command.prompts, seed=command.seed
+        command.run,
+        samples=command.samples,
+        prompts=command.prompts,
+        seed=command.seed,
+        servers=command.servers,
     )
     table = Table("metric", "value", title=f"{command.run}, step {step}")
     for name, value in result.metrics().items():

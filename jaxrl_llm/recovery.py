@@ -123,10 +123,15 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     )
     if checkpoint is None:
         raise CheckpointError(f"{directory} has vanished while the run went on; restore it")
-    # What the condemned weights sampled goes too; what they have not finished is asked for again.
+    # What the condemned weights sampled goes too. Prompts without a whole group are asked for
+    # again, and the journal would answer with the rollouts that are finished: their weights are
+    # ones that this run went through.
     dropped = len(progress.buffer)
     progress.buffer.clear()
     job.under_way.cancel()
+    if job.journal is not None:
+        # This version is not published yet: all that sampled anything are below it.
+        job.journal.forget(job.version(progress))
     after = dataclasses.replace(
         progress,
         state=checkpoint.state,

@@ -73,7 +73,7 @@ class RunWriter:
     def __init__(self, run_dir: Path, config: RunLogConfig) -> None:
         self._paths = _Paths(Path(run_dir))
         self._config = config
-        self._last: tuple[int, str] | None = None  # step and phase of the newest line
+        self._last: tuple[int, Phase] | None = None  # see last
         self._ready = not (self._paths.metrics.exists() or self._paths.events.exists())
         self._tensorboard: Any = None
         self._paths.rollouts.mkdir(parents=True, exist_ok=True)
@@ -88,6 +88,11 @@ class RunWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def last(self) -> tuple[int, Phase] | None:
+        """Step and phase of the newest record; None before the first."""
+        return self._last
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replaces config.json; values must be plain JSON."""

@@ -24,6 +24,7 @@ from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.learner.watch import WatchState
 from jaxrl_llm.rollout.buffer import BufferConfig, RolloutBuffer, UnderWay
 from jaxrl_llm.rollout.engine import EngineError, EngineFailure, EngineReport, Request
+from jaxrl_llm.rollout.statistics import group_metrics
 from jaxrl_llm.types import NOT_SAMPLED, Rollout
 from tests.tiny import tiny_config, vary
 
@@ -56,13 +57,14 @@ class Scripted:
 
     def __init__(self, answer: Callable[..., Rollout | EngineFailure], *, overlaps: bool) -> None:
         self.answer, self.overlaps = answer, overlaps
+        self.script: type[Script] = Script
         self.pick: Callable[[list[Request]], int] = lambda left: -1
         self.asked: list[Request] = []
         self.delivered = self.closed = self.version = 0
 
     def generate(self, requests: Sequence[Request]) -> Script:
         self.asked += requests
-        return Script(self, requests)
+        return self.script(self, requests)
 
     def report(self) -> EngineReport:
         return EngineReport({"engine/retries": 2.0}, ("a server came back",))
@@ -174,23 +176,120 @@ def test_the_first_groups_drawn_are_waited_for_whatever_finishes_first(config) -
     assert len(progress.buffer) == GROUPS
 
 
-def test_strictly_on_policy_nothing_goes_on_across_a_publish(config) -> None:
-    """What over-sampling has left is given up, asked for again, and no prompt is lost."""
+def test_strictly_on_policy_the_surplus_is_finished_and_dropped(config) -> None:
+    """All that was asked for is waited for; the next step drops and counts what was left over."""
     engine = Scripted(mixed, overlaps=True)
     engine.pick = lambda left: 0
     config = vary(config, "rollout", oversample=1.5)
     job, progress = make_job(config, engine), begin(config)
-    assert step(job, progress)[0] == [0] * GROUPS
-    assert engine.closed == 2 * SAMPLES
-    assert progress.buffer.pending == {4, 5}
-    again = len(engine.asked)
-    ages, metrics, _ = step(job, after(progress))
-    assert ages == [0] * GROUPS
-    old, new = engine.asked[:again], engine.asked[again:]
+    batch = GROUPS * SAMPLES
+    dropped = []
+    for number in range(config.steps):
+        ages, metrics, _ = step(job, progress)
+        assert ages == [0] * GROUPS
+        assert engine.delivered == len(engine.asked) == (number + 1) * 1.5 * batch
+        assert not progress.buffer.pending
+        dropped.append(metrics["rollout/dropped_groups"])
+        progress = after(progress)
+    assert dropped == [0, 2, 2, 2, 2]
     assert {request.max_staleness for request in engine.asked} == {0}
-    key = [(r.prompt.prompt_id, r.sample_index, r.seed) for r in old[4 * SAMPLES :]]
-    assert [(r.prompt.prompt_id, r.sample_index, r.seed) for r in new[: 2 * SAMPLES]] == key
-    assert metrics["rollout/dropped_groups"] == 0
+
+
+def in_order(config: RunConfig, pick: Callable[[list[Request]], int]) -> list[Any]:
+    """Prompts, samples and metrics of each step, where responses arrive in this order."""
+
+    def answer(request: Request, version: int) -> Rollout | EngineFailure:
+        """By the request alone: a third of the prompts has equal rewards, and some fail."""
+        if request.seed % 11 == 0:
+            name = request.prompt.prompt_id
+            return EngineFailure(name, request.sample_index, "timeout", "slow")
+        equal = int(request.prompt.answer) % 3 == 0
+        return rollout(request, version, "?") if equal else mixed(request, version)
+
+    engine = Scripted(answer, overlaps=True)
+    engine.pick = pick
+    job, progress = make_job(config, engine), begin(config)
+    job.seed = lambda purpose, draw, sample: 7 * draw + sample
+    steps = []
+    for _ in range(config.steps):
+        metrics, _ = fill_buffer(job, progress, {})
+        groups = progress.buffer.take(GROUPS, progress.step)
+        taken = [(g.prompt.prompt_id, [r.sample_index for r in g.rollouts]) for g in groups]
+        metrics |= group_metrics(groups, progress.step)
+        steps.append((taken, metrics, progress.buffer.drawn))
+        engine.version += 1
+        progress = after(progress)
+    return steps
+
+
+@pytest.mark.parametrize("kept", ["none", "equal_rewards"])
+def test_strictly_on_policy_the_order_of_arrival_changes_nothing(config, kept: str) -> None:
+    """Else a faster server would make another run: other prompts, from the second step on."""
+    config = vary(config, "rollout", oversample=1.5, refills=6, filter=kept)
+    rng = np.random.default_rng(0)
+    first, last, mixed_up = (
+        in_order(config, pick)
+        for pick in (lambda left: 0, lambda left: -1, lambda left: int(rng.integers(len(left))))
+    )
+    assert first == last == mixed_up
+    totals = {
+        name: sum(metrics[f"rollout/{name}"] for _, metrics, _ in first)
+        for name in ("failures", "dropped_groups", "filtered_groups")
+    }
+    assert totals["failures"] > 0
+    assert totals["dropped_groups"] > 0
+    assert (totals["filtered_groups"] > 0) == (kept == "equal_rewards")
+
+
+class Early(Script):
+    """Responses that were finished as soon as they were asked for, and wait for the learner."""
+
+    def __init__(self, engine: Scripted, requests: Sequence[Request]) -> None:
+        super().__init__(engine, requests)
+        self._finished = iter([engine.answer(request, engine.version) for request in requests])
+
+    def __next__(self) -> Rollout | EngineFailure:
+        return next(self._finished)
+
+
+@pytest.mark.parametrize("oversample", [1.0, 1.25, 2.0])
+def test_groups_that_waited_too_long_are_counted_and_replaced_at_once(config, oversample) -> None:
+    """They are finished under old weights, and nobody looked at them before they were needed."""
+    engine = Scripted(mixed, overlaps=True)
+    engine.script = Early
+    config = vary(config, "rollout", oversample=oversample, buffer=BufferConfig(max_staleness=1))
+    job, progress = make_job(config, engine), begin(config)
+    dropped = 0.0
+    for number in range(config.steps):
+        ages, metrics, _ = step(job, progress)  # GROUPS of them, at each step
+        assert max(ages) <= 1
+        dropped += metrics["rollout/dropped_groups"]
+        buffer = progress.buffer
+        used = GROUPS * (number + 1)
+        assert buffer.drawn == used + dropped + len(buffer) + len(buffer.pending)
+        progress = after(progress)
+    assert (dropped > 0) == (oversample > 1)
+
+
+def test_groups_too_stale_are_among_the_reasons_for_a_failure(config) -> None:
+    engine = Scripted(lambda request, version: mixed(request, 0), overlaps=True)
+    config = vary(config, "rollout", refills=0)
+    job, progress = make_job(config, engine), begin(config)
+    message = r"0 of 4 groups after 1 attempts \(1 \+ rollout.refills\): 4 groups were too stale"
+    with pytest.raises(EngineError, match=message):
+        fill_buffer(job, after(progress), {})
+
+
+def test_the_last_step_leaves_nothing_under_way(config) -> None:
+    engine = Scripted(mixed, overlaps=True)
+    config = vary(config, "rollout", oversample=1.5, buffer=BufferConfig(max_staleness=1))
+    job, progress = make_job(config, engine), begin(config)
+    step(job, progress)
+    engine.version = config.steps - 1
+    step(job, after(progress, config.steps - 1))
+    assert engine.delivered == len(engine.asked)
+    assert not progress.buffer.pending
+    assert not job.under_way.responses
 
 
 def test_groups_of_equal_rewards_are_filtered_counted_and_refilled(config) -> None:

@@ -21,7 +21,7 @@ from jaxrl_llm.config import (
 )
 from jaxrl_llm.learner.publish import PublishConfig
 from jaxrl_llm.losses.clipping import ClipConfig
-from jaxrl_llm.model.hf import config_json
+from jaxrl_llm.model.hf_config import config_json
 from jaxrl_llm.rollout.sglang import SGLangConfig
 from tests.tiny import tiny_config, vary
 
@@ -265,7 +265,8 @@ def test_every_number_of_the_servers_is_positive(tmp_path: Path, name: str, valu
         ({"sglang": {"servers": ["http://a:1/"]}}, ["servers has 'http://a:1/'; write http://"]),
         ({"sglang": {"servers": ["http://a:1"] * 2}}, ["sglang.servers, ", "names a server twice"]),
         ({"sglang": {"on_publish": "wait"}}, ["@ config.rollout.sglang.on_publish"]),
-        ({"publish": {"keep": 0}}, ["publish.keep is 0; it must be at least 1"]),
+        ({"publish": {"keep": 1}}, ["publish.keep is 1: a server that comes back", "at least 2"]),
+        ({"publish": {"server_folder": "/mnt/w"}}, ["server_folder is /mnt/w without the folder"]),
         ({"publish": {"dtype": "float16"}}, ["@ config.rollout.publish.dtype"]),
         (
             {"publish": {"folder": "gs://bucket/w"}},
@@ -277,6 +278,62 @@ def test_settings_of_servers_and_publishing_are_checked_by_name(
     tmp_path: Path, changes: dict, parts: list[str]
 ) -> None:
     check_refused(on_servers(tmp_path / "run"), {"rollout": changes}, *parts)
+
+
+# For each setting of the servers and of publishing: another value, and whether that makes another
+# experiment.
+OTHERWISE: dict[str, tuple[object, bool]] = {
+    "sglang.servers": (["http://127.0.0.1:30001", "http://127.0.0.1:30002"], False),
+    "sglang.api_key_env": ("OTHER_KEY", False),
+    "sglang.max_length": (64, True),
+    "sglang.concurrency": (7, False),
+    "sglang.request_seconds": (7.0, False),
+    "sglang.attempts": (7, False),
+    "sglang.health_seconds": (7.0, False),
+    "sglang.update_seconds": (7.0, False),
+    "sglang.on_publish": ("retract", True),
+    "sglang.keep_spanning_routes": (True, True),
+    "sglang.probe_tolerance": (0.5, False),
+    "sglang.journal": (False, False),
+    "publish.folder": ("/shared/w", False),
+    "publish.server_folder": ("/mnt/w", False),
+    "publish.dtype": ("float32", True),
+    "publish.keep": (7, False),
+}
+
+
+def test_every_setting_of_servers_and_publishing_is_of_the_experiment_or_not() -> None:
+    """A new one has to be put into this table."""
+    kinds = {"sglang": SGLangConfig, "publish": PublishConfig}
+    names = {f"{part}.{f.name}" for part, kind in kinds.items() for f in dataclasses.fields(kind)}
+    assert set(OTHERWISE) == names
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_a_run_may_go_on_with_other_servers_but_not_as_another_experiment(
+    tmp_path: Path, name: str
+) -> None:
+    value, counts = OTHERWISE[name]
+    part, field = name.split(".")
+    config = on_servers(tmp_path / "run")
+    config = vary(config, "rollout", publish=PublishConfig(folder="/x"))
+    other = from_json(changed(to_json(config), {"rollout": {part: {field: value}}}))
+    assert other != config
+    found = [line.split(":")[0] for line in differences(config, other)]
+    assert found == ([f"rollout.{name}"] if counts else [])
+
+
+def test_servers_instead_of_none_are_another_engine(tmp_path: Path) -> None:
+    served = on_servers(tmp_path / "run")
+    local = on_servers(tmp_path / "run", servers=())
+    expected = "rollout.sglang.servers: ['http://127.0.0.1:30000'] != []"
+    assert differences(served, local) == [expected]
+    assert [line.split(":")[0] for line in differences(local, served)] == ["rollout.sglang.servers"]
+
+
+def test_where_a_run_is_makes_no_other_experiment(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "a")
+    assert differences(config, dataclasses.replace(config, run_dir="elsewhere")) == []
 
 
 def test_a_bucket_with_a_mount_for_servers_is_a_folder_of_publications(tmp_path: Path) -> None:

@@ -13,14 +13,17 @@ import pytest
 import tokenizers
 from safetensors import safe_open
 
-from jaxrl_llm.assembly import initial_state
+from jaxrl_llm import assembly
+from jaxrl_llm.assembly import initial_params
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import TokenizerConfig
 from jaxrl_llm.engines import CONTEXT_MARGIN
 from jaxrl_llm.export import TOKENIZER_FILES, export_policy
+from jaxrl_llm.learner import state
 from jaxrl_llm.main import main
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.model.hf_config import Dtype, read_model_config
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
 from jaxrl_llm.sharding import MeshConfig, make_mesh
@@ -31,7 +34,7 @@ WEIGHTS = ("config.json", "model-00001-of-00001.safetensors", "model.safetensors
 
 
 def load(folder: Path, model: ModelConfig) -> Params:
-    assert hf.read_model_config(folder) == model
+    assert read_model_config(folder) == model
     return hf.load_params(folder, model, make_mesh(MeshConfig()))
 
 
@@ -79,7 +82,7 @@ def test_a_run_is_exported_from_its_newest_checkpoint(
     run: tuple[RunConfig, Params],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    dtype: hf.Dtype,
+    dtype: Dtype,
 ) -> None:
     config, params = run
     said = written(capsys, config.directory, tmp_path / "x", "--dtype", dtype)
@@ -104,9 +107,25 @@ def test_a_config_is_exported_as_its_run_starts(
     assert "the initial weights in bfloat16" in said
     assert "SGLang" not in said
     config = dataclasses.replace(tiny_config(tmp_path / "run"), seed=3)
-    start = initial_state(config, make_mesh(MeshConfig())).params
+    start = initial_params(config, make_mesh(MeshConfig()))
     assert_same_bits(load(tmp_path / "x", config.model), rounded(start))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_export_has_no_optimizer(
+    run: tuple[RunConfig, Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is twice the size of the parameters."""
+
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("an optimizer was made")
+
+    for module in (assembly, state):
+        monkeypatch.setattr(module, "make_optimizer", forbidden)
+        monkeypatch.setattr(module, "fresh_optimizer_state", forbidden)
+    export_policy(run[0].directory, tmp_path / "x", "float32")
+    export_policy(run[0], tmp_path / "y", "float32")
+    assert names(tmp_path / "x") == names(tmp_path / "y") == WEIGHTS
 
 
 def test_a_folder_that_a_run_starts_from_comes_back_byte_for_byte(
@@ -115,7 +134,7 @@ def test_a_folder_that_a_run_starts_from_comes_back_byte_for_byte(
     config, params = run
     export_policy(config.directory, tmp_path / "x", "float32")
     start = vary(config, "cold_start", weights=str(tmp_path / "x"))
-    assert_same_bits(initial_state(start, make_mesh(MeshConfig())).params, params)
+    assert_same_bits(initial_params(start, make_mesh(MeshConfig())), params)
     export_policy(start, tmp_path / "y", "float32")
     for name in WEIGHTS:
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes(), name

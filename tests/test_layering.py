@@ -12,12 +12,13 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "arrays": {"types"},  # for the constants of routes alone
     "sharding": set(),
+    "lock": set(),
     "metrics": set(),
     "runlog": {"types"},
     "losses": {"arrays"},
     "model": {"arrays", "sharding"},
     "data": {"types", "arrays"},
-    "learner": {"arrays", "losses", "model", "sharding"},
+    "learner": {"arrays", "lock", "losses", "model", "sharding"},
     "rollout": {"types"},
     "config": {
         "data",
@@ -35,6 +36,7 @@ LEVEL_4 = {
     "assembly",
     "engines",
     "export",
+    "stored",
     "recovery",
     "loop",
     "collect",
@@ -51,6 +53,7 @@ LOCAL_ENGINE = {"rollout.local", "rollout.decode", "rollout.precision", "rollout
 NO_JAX = {
     "types",
     "metrics",
+    "lock",
     "runlog",
     "data.prompts",
     "data.rewards",

@@ -9,7 +9,7 @@ import pytest
 from jaxrl_llm.arrays import ReplayedRoutes
 from jaxrl_llm.data.collate import collate
 from jaxrl_llm.data.tokenizer import TokenizerConfig, make_tokenizer
-from jaxrl_llm.learner.state import OptimizerConfig, init_state, make_optimizer
+from jaxrl_llm.learner.state import OptimizerConfig, init_state, make_optimizer, random_params
 from jaxrl_llm.learner.step import (
     LearnerConfig,
     make_policy,
@@ -40,7 +40,7 @@ def sampled_batch(precision: Precision):
     """Weights, and a batch that an engine of this precision sampled from them, advantages ±1."""
     mesh = make_mesh(MeshConfig())
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    state = init_state(MODEL, optimizer, mesh, jax.random.key(3))
+    state = init_state(random_params(MODEL, mesh, jax.random.key(3)), optimizer)
     tokenizer = make_tokenizer(TokenizerConfig())
     config = LocalEngineConfig(precision=precision, slots=4, max_length=24)
     engine = LocalEngine(config, MODEL, tokenizer.decode)

@@ -13,6 +13,7 @@ from jaxrl_llm import loop
 from jaxrl_llm.config import RunConfig, load_config
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
+from jaxrl_llm.model.hf_config import config_json
 from tests.learner.tiny import make_params
 from tests.rollout.fake_samplers import ModelSampler
 from tests.rollout.fake_sglang import FakeServer
@@ -33,7 +34,7 @@ MAX_LENGTH = 32
 
 def checkpoint(folder: Path) -> None:
     """Random weights, and a byte-level tokenizer with Qwen's tokens at the end of a turn."""
-    described = hf.config_json(
+    described = config_json(
         MODEL, dtype="bfloat16", max_length=64, stop_token_ids=(256, 257), pad_token_id=257
     )
     hf.write(folder, hf.tensors(make_params(MODEL, seed=1), MODEL, "bfloat16"), described)

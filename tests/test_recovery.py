@@ -24,6 +24,7 @@ from jaxrl_llm.main import STOPPED_EARLY, main
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.buffer import BufferConfig
 from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Request
+from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import make_mesh
@@ -211,6 +212,52 @@ def test_a_roll_back_goes_on_in_steps_prompts_and_log(rolled) -> None:
     assert "4 groups sampled ahead were dropped" in done[0]
     prompts = [g.prompt.prompt_id for r in records if r.phase == "rl" for g in r.groups]
     assert len(set(prompts)) == len(prompts) == STEPS * config.rollout.groups
+
+
+class Servers(Spy):
+    """Samples at once what it is asked for, into a journal, and gives what that already has."""
+
+    overlaps = True
+
+    def __init__(self, engine: LocalEngine, journal: Journal) -> None:
+        super().__init__(engine)
+        self._journal = journal
+
+    def publish(self, params: Params, version: int) -> None:
+        super().publish(params, version)
+        self._journal.published(f"v{version}", version)
+
+    def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:
+        known = [self._journal.find(request) for request in requests]
+        new = [request for request, found in zip(requests, known, strict=True) if found is None]
+        outcomes = [rollout for rollout in known if rollout is not None]
+        for outcome in self._engine.generate(new):
+            assert isinstance(outcome, Rollout)
+            named = (outcome.prompt_id, outcome.sample_index)
+            (asked,) = (r for r in new if (r.prompt.prompt_id, r.sample_index) == named)
+            self._journal.add(asked, outcome)
+            outcomes.append(outcome)
+        return (outcome for outcome in outcomes)
+
+
+def test_what_condemned_weights_had_finished_does_not_come_back(tmp_path, monkeypatch) -> None:
+    """Neither from what was under way, nor from the journal when that is asked for again."""
+    config = watched(tmp_path / "run", action="roll_back")
+    config = vary(config, "rollout", buffer=BufferConfig(max_staleness=1))
+    config = dataclasses.replace(config, steps=4)
+
+    journal = Journal(tmp_path / "journal")
+
+    def servers(config: RunConfig, tokenizer: Tokenizer, *_: object) -> Servers:
+        engine = LocalEngine(config.rollout.engine, config.model, tokenizer.decode)
+        return Servers(engine, journal)
+
+    monkeypatch.setattr(assembly, "make_journal", lambda config: journal)
+    monkeypatch.setattr(assembly, "make_engine", servers)
+    records = run(config)
+    assert rl(records, "watch/roll_backs") == [0.0, 1.0, 1.0, 2.0]
+    # Of a step of its own weights, and of the previous ones where those were not condemned.
+    assert rl(records, "rollout/staleness") == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_weights_that_were_rolled_back_from_are_not_returned_to(tmp_path) -> None:

@@ -149,7 +149,8 @@ def restore(directory: Path, abstract: TrainState, step: int | None = None) -> C
     Args:
       directory: that of Checkpoints; nothing in it is changed.
       abstract: learner.state.abstract_state; arrays come back with its shardings, which may be of
-        another mesh than the one they were saved from.
+        another mesh than the one they were saved from. If its opt_state is None, the optimizer's
+        state is neither read nor checked.
       step: which one.
 
     Raises CheckpointError, which names the newest older checkpoint that can be restored, if this
@@ -206,6 +207,7 @@ def _context() -> ocp.Context:
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="record")
     context.checkpointables.registry = registry
+    context.pytree.loading.partial_load = True  # what is not asked for is not read
     return context
 
 
@@ -225,7 +227,10 @@ def _load(reader: Any, step: int, abstract: TrainState) -> Checkpoint:
     if zlib.crc32(str(record.get("body")).encode()) != record.get("crc32"):
         raise _Unusable("is damaged: its record has changed")
     body = json.loads(record["body"])
-    there, here = body["leaves"], _types(abstract)
+    here, there, sums = _types(abstract), body["leaves"], body["checksums"]
+    saved = dict(zip(there, sums, strict=True))
+    if abstract.opt_state is None:
+        there = {name: kind for name, kind in there.items() if not name.startswith(".opt_state")}
     different = [n for n in sorted(there.keys() | here.keys()) if there.get(n) != here.get(n)]
     if different:
         name = different[0]
@@ -233,9 +238,12 @@ def _load(reader: Any, step: int, abstract: TrainState) -> Checkpoint:
             f"is of another model or optimizer: {name} is {there.get(name, 'absent')} there and "
             f"{here.get(name, 'absent')} here, and so on for {len(different)} of {len(here)} arrays"
         )
-    state = _read(reader, step, {"state": abstract})["state"]
-    pairs = zip(here, body["checksums"], _checksums(state), strict=True)
-    changed = [name for name, saved, read in pairs if saved != read]
+    # As a dict: Orbax takes no None, and knows the fields of a dataclass by their names.
+    asked = {name: part for name, part in vars(abstract).items() if part is not None}
+    found = _read(reader, step, {"state": asked})["state"]
+    state = TrainState(found["step"], found["params"], found.get("opt_state"))
+    pairs = zip(here, _checksums(state), strict=True)
+    changed = [name for name, read in pairs if saved[name] != read]
     if changed:
         raise _Unusable(f"is damaged: {', '.join(changed)} changed since it was saved")
     return Checkpoint(step, state, body["host"])

@@ -1,7 +1,7 @@
 """What the learner says about one sequence, to hold a server's answer against.
 
 What it is: the log-probabilities of a few tokens under the current parameters, computed as the
-score step computes them. What it is not: the comparison (rollout/sglang.py).
+score step computes them. What it is not: the comparison (rollout/probe.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Weights for servers: every version in a folder of its own that the servers read too.
 
-    FOLDER/v000012-5f0c31aa90be/    config.json, safetensors files and their index (model/hf.py)
-                  manifest.json     label, and size and sha256 of every other file
+    FOLDER/RUN/v000012-5f0c31aa90be/    config.json, safetensors files, their index (model/hf.py)
+                      manifest.json     label, and size and sha256 of every other file
+
+FOLDER/RUN is weights/ in the run directory, or the directory's name in publish.folder, so that
+runs of several seeds may share that setting. What is old in it is removed, so no two may publish
+there at once: in a local folder a lock sees to it, in an object store nobody does.
 
 A publication is whole or absent. In a local folder it is written beside its place, flushed to disk
 and renamed; in an object store, which cannot rename, manifest.json comes last, and a folder without
@@ -11,6 +15,7 @@ go on from (checkpoint.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -18,18 +23,22 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
+from jaxrl_llm.lock import locked
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.hf_config import Dtype
+from jaxrl_llm.model.hf_config import Dtype, config_json
 from jaxrl_llm.model.transformer import Params
 
 FORMAT = "jaxrl_llm weights 1"
 MANIFEST = "manifest.json"
+WEIGHTS = "weights"
+"""Folder of a run directory: its publications, unless publish.folder names another place."""
 
 _NAME = re.compile(r"v(\d{6,})-[0-9a-f]{12}")
 _PARTIAL = "partial-"
@@ -43,14 +52,24 @@ class PublishError(ValueError):
 class PublishConfig:
     """Where weights are left for servers."""
 
-    folder: str = ""  # a local one, or gs:// or s3://; "": weights/ in the run directory
+    # A local one, or gs:// or s3://; each run has a folder in it, with the name of its run
+    # directory. "": weights/ in the run directory.
+    folder: str = ""
     server_folder: str = ""  # the same folder as servers see it, such as a mount; "": the same path
     dtype: Dtype = "bfloat16"  # of the files; servers round to their own
     keep: int = 2  # newest publications that stay; one more exists while another is written
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise ValueError(f"publish.keep is {self.keep}; it must be at least 1")
+        if self.keep < 2:
+            raise ValueError(
+                f"publish.keep is {self.keep}: a server that comes back may be reading the "
+                "publication before the newest; make it at least 2"
+            )
+        if self.server_folder and not self.folder:
+            raise ValueError(
+                f"publish.server_folder is {self.server_folder} without the folder that it is; "
+                "give its path here as publish.folder"
+            )
         if _is_store(self.folder) and not self.server_folder:
             raise ValueError(
                 f"publish.folder is {self.folder}, which servers cannot read; mount the bucket "
@@ -69,7 +88,7 @@ class Publication:
 
 
 class Publisher:
-    """Writes versions of one model into one folder. No other may write there at the same time.
+    """Writes versions of one run's model into one folder, alone; see the module for which.
 
     The process must see all of the parameters: publishing from several hosts is not supported.
     """
@@ -78,35 +97,46 @@ class Publisher:
         self,
         config: PublishConfig,
         model: ModelConfig,
-        folder: str | os.PathLike[str],
+        run_dir: Path,
         *,
         stop_token_ids: Sequence[int],
         pad_token_id: int | None,
         max_length: int,
     ) -> None:
         """Args:
-          folder: where config.folder is "".
-          stop_token_ids, pad_token_id, max_length: for config.json, see model.hf.config_json.
-
-        Raises ValueError for a model that SGLang would compute as another one.
+        run_dir: of the run.
+        stop_token_ids, pad_token_id, max_length: for config.json, see hf_config.config_json.
         """
-        if model.moe.dense_layers:
-            # Seen in 0.5.23: all layers get experts, and tensors without a place are skipped.
-            raise ValueError(
-                f"moe.dense_layers is {model.moe.dense_layers}, but SGLang computes every layer of "
-                "a Qwen3-MoE with experts; sample with the in-process engine or leave it empty"
-            )
         self._config = config
         self._model = model
-        root = epath.Path(config.folder or folder)
+        run_dir = run_dir.resolve()
+        place = (config.folder, run_dir.name) if config.folder else (run_dir, WEIGHTS)
+        root = epath.Path(*place)
         self._root = root if _is_store(root) else root.resolve()
-        self._config_json = hf.config_json(
+        seen = config.server_folder.rstrip("/")
+        self._seen = f"{seen}/{run_dir.name}" if seen else str(self._root)
+        self._config_json = config_json(
             model,
             dtype=config.dtype,
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             pad_token_id=pad_token_id,
         )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from publishing into this folder, if it is a local one.
+
+        Raises ValueError if one does; PublishError if the folder cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if not _is_store(self._root):
+                    remedy = "wait until it has ended, or use another publish.folder"
+                    stack.enter_context(locked(Path(self._root), remedy))
+            except OSError as error:
+                raise PublishError(_explain(error, self._root, "weights")) from error
+            yield
 
     def publish(self, params: Params, version: int) -> Publication:
         """Writes these weights, and removes what is older than the newest `keep` and unfinished.
@@ -131,9 +161,9 @@ class Publisher:
             leftovers = self._remove([*self._unfinished(), *self._outdated(final, version)])
         except Exception as error:  # the libraries of object stores raise all kinds
             _remove(staged)
-            raise PublishError(_explain(error, self._root, version)) from error
-        seen = self._config.server_folder.rstrip("/") or str(self._root)
-        return Publication(version, manifest["label"], f"{seen}/{final.name}", leftovers)
+            what = f"version {version} of the weights"
+            raise PublishError(_explain(error, self._root, what)) from error
+        return Publication(version, manifest["label"], f"{self._seen}/{final.name}", leftovers)
 
     def _staged_name(self, version: int) -> str:
         token = uuid.uuid4().hex[:12]
@@ -197,7 +227,8 @@ def verify(path: str | os.PathLike[str]) -> str:
     damage = _damage(folder)
     if damage:
         raise PublishError(
-            f"{folder} is no whole publication: {'; '.join(damage)}. Publish these weights again"
+            f"{folder} is no whole publication: {'; '.join(damage)}. Copy it again, or publish "
+            "these weights again"
         )
     return str(_read_manifest(folder)["label"])
 
@@ -285,8 +316,8 @@ _REMEDIES = {
 }
 
 
-def _explain(error: Exception, root: Any, version: int) -> str:
+def _explain(error: Exception, root: Any, what: str) -> str:
     number = error.errno if isinstance(error, OSError) else None
     remedy = _REMEDIES.get(number or 0, "look at the cause; publications of before are unharmed")
     cause = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{root}: version {version} of the weights cannot be published ({cause}); {remedy}"
+    return f"{root}: {what} cannot be published ({cause}); {remedy}"

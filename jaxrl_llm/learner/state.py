@@ -107,11 +107,15 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree.map(_struct, shapes, shardings)
 
 
-def abstract_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """The TrainState of a model, with jax.ShapeDtypeStruct and its sharding for every leaf."""
+def abstract_state(config: ModelConfig, optimizer: Optimizer | None, mesh: Mesh) -> TrainState:
+    """The TrainState of a model, with jax.ShapeDtypeStruct and its sharding for every leaf.
+
+    Without an optimizer, opt_state is None.
+    """
     params = abstract_params(config, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return TrainState(step, params, _abstract_opt_state(params, optimizer))  # type: ignore[arg-type]
+    opt_state = None if optimizer is None else _abstract_opt_state(params, optimizer)
+    return TrainState(step, params, opt_state)  # type: ignore[arg-type]
 
 
 def shardings_of(tree: Any) -> Any:
@@ -119,18 +123,20 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def init_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, key: Array) -> TrainState:
-    """Random parameters and a fresh optimizer, each leaf made where it lives.
+def random_params(config: ModelConfig, mesh: Mesh, key: Array) -> Params:
+    """Initial parameters, each leaf made where it lives.
 
-    The same key gives the same parameters on every mesh, to rounding.
+    The same key gives the same ones on every mesh, to rounding.
     """
-    shardings = shardings_of(abstract_state(config, optimizer, mesh))
+    shardings = shardings_of(abstract_params(config, mesh))
+    return jax.jit(partial(init_params, config), out_shardings=shardings)(key)
 
-    def build(key: Array) -> TrainState:
-        params = init_params(config, key)
-        return TrainState(jnp.int32(0), params, optimizer.transform.init(params))
 
-    return jax.jit(build, out_shardings=shardings)(key)
+def init_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """These parameters, with a fresh optimizer at step 0; every array on the parameters' mesh."""
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+    return fresh_optimizer_state(TrainState(step, params, None), optimizer)
 
 
 def fresh_optimizer_state(state: TrainState, optimizer: Optimizer) -> TrainState:

@@ -32,10 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.hf_config import CONFIG, PathLike, parse_config
-from jaxrl_llm.model.hf_config import Dtype as Dtype
-from jaxrl_llm.model.hf_config import config_json as config_json
-from jaxrl_llm.model.hf_config import read_model_config as read_model_config
+from jaxrl_llm.model.hf_config import CONFIG, Dtype, PathLike, parse_config
 from jaxrl_llm.model.transformer import Params, init_params, parameter_axes
 from jaxrl_llm.sharding import parameter_shardings
 

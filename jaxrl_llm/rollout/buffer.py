@@ -8,6 +8,7 @@ reason. What it is not: routing replay, which shares nothing with it. It never i
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -159,8 +160,14 @@ class RolloutBuffer:
         self._groups: dict[int, Group] = {}  # by draw
 
     def __len__(self) -> int:
-        """Number of groups held, stale ones included until the next take()."""
+        """Number of groups held."""
         return len(self._groups)
+
+    def copy(self) -> RolloutBuffer:
+        """A buffer with the same contents, that changes on its own."""
+        other = copy.copy(self)
+        other.pending, other._groups = set(self.pending), dict(self._groups)
+        return other
 
     def draw(self, count: int) -> tuple[int, ...]:
         """The next `count` draws, pending from now on."""
@@ -169,12 +176,19 @@ class RolloutBuffer:
         self.pending |= set(draws)
         return draws
 
-    def settle(self, draw: int, group: Group | None) -> None:
-        """The group of a pending draw, or None if it has none to learn from."""
+    def settle(self, draw: int, group: Group | None, current_version: int) -> None:
+        """The group of a pending draw, or None if it has none to learn from.
+
+        One that is too stale already, as it had to wait for the learner, is dropped and counted.
+        """
         if draw not in self.pending:
             raise ValueError(f"draw {draw} is not pending; settle each draw once")
         self.pending.remove(draw)
-        if group is not None:
+        if group is None:
+            return
+        if self._stale(group, current_version):
+            self.dropped_stale += 1
+        else:
             self._groups[draw] = group
 
     def ready(self, count: int) -> bool:
@@ -183,18 +197,24 @@ class RolloutBuffer:
         return len(draws) == count and min(self.pending, default=self.drawn) > draws[-1]
 
     def take(self, count: int, current_version: int) -> tuple[Group, ...]:
-        """Remove and return the `count` groups drawn first, or all there are if they are fewer.
+        """Remove and return the `count` groups drawn first.
 
-        Groups staler than max_staleness at `current_version`, wherever they are in the queue, are
-        dropped first and counted in `dropped_stale`.
+        Raises ValueError if fewer are held, or if one is staler than max_staleness at
+        `current_version`: drop_stale() comes before a version's groups are counted.
         """
-        self.drop_stale(current_version)
-        return tuple(self._groups.pop(draw) for draw in sorted(self._groups)[:count])
+        draws = sorted(self._groups)[:count]
+        stale = [draw for draw in draws if self._stale(self._groups[draw], current_version)]
+        if len(draws) < count or stale:
+            raise ValueError(
+                f"{count} groups are to be taken at version {current_version}; {len(draws)} are "
+                f"held, of which the draws {stale} are too stale; call drop_stale() at each new "
+                "version, and take() when the groups are ready()"
+            )
+        return tuple(self._groups.pop(draw) for draw in draws)
 
     def drop_stale(self, current_version: int) -> None:
         """Drop and count what is staler than max_staleness at `current_version`."""
-        oldest = current_version - self._config.max_staleness
-        fresh = {d: group for d, group in self._groups.items() if group_version(group) >= oldest}
+        fresh = {d: g for d, g in self._groups.items() if not self._stale(g, current_version)}
         self.dropped_stale += len(self._groups) - len(fresh)
         self._groups = fresh
 
@@ -224,6 +244,9 @@ class RolloutBuffer:
                 raise ValueError(f"not a stored group with its draw: {type(entry).__name__}")
             buffer._groups[int(entry[0])] = group_from_json(entry[1])
         return buffer
+
+    def _stale(self, group: Group, current_version: int) -> bool:
+        return group_version(group) < current_version - self._config.max_staleness
 
 
 def group_version(group: Group) -> int:

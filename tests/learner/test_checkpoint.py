@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from jaxrl_llm.learner import checkpoint
 from jaxrl_llm.learner.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -104,6 +106,38 @@ def test_a_round_trip_is_exact(two: Path) -> None:
     older = restore(two, abstract(state), step=1)
     assert older is not None
     assert_same(older.state, make_state(1))
+
+
+def without_optimizer(state: TrainState) -> TrainState:
+    return dataclasses.replace(abstract(state), opt_state=None)
+
+
+def test_the_parameters_alone_are_as_exact(two: Path) -> None:
+    state = make_state(2)
+    found = restore(two, without_optimizer(state))
+    assert found is not None
+    assert_same(found.state, dataclasses.replace(state, opt_state=None))
+    assert (found.step, found.host) == (2, HOST | {"cursor": 2})
+
+
+def test_parameters_alone_are_read_alone_and_checked(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+    read = checkpoint._read
+
+    def flipping(reader: Any, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        found = read(reader, step, items)
+        if "state" in found:
+            asked.append(set(found["state"]))
+            params = found["state"]["params"]
+            params["embed"] = params["embed"].at[3, 3].multiply(2)
+        return found
+
+    monkeypatch.setattr(checkpoint, "_read", flipping)
+    with pytest.raises(CheckpointError, match=r"is damaged: \.params\['embed'\] changed since"):
+        restore(two, without_optimizer(make_state(2)))
+    assert asked == [{"step", "params"}] * 2  # of the newest, and of the one before it
 
 
 def test_nothing_saved_is_nothing_to_restore(tmp_path: Path) -> None:
@@ -319,7 +353,8 @@ def test_every_flipped_bit_changes_the_checksum() -> None:
 
 
 def other_shape(state: TrainState) -> TrainState:
-    return abstract(make_state(2, rows=24))
+    other = abstract(make_state(2, rows=24))
+    return other if state.opt_state is not None else dataclasses.replace(other, opt_state=None)
 
 
 def other_dtype(state: TrainState) -> TrainState:
@@ -344,10 +379,21 @@ def other_tree(state: TrainState) -> TrainState:
 def test_another_model_is_told_apart(
     two: Path, change: Callable[[TrainState], TrainState], cause: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=cause) as error:
-        restore(two, change(abstract(make_state(2))))
-    assert str(error.value).startswith(f"{two / '2'} is of another model or optimizer")
-    assert "No older checkpoint can be restored" in str(error.value)
+    for wanted in (abstract(make_state(2)), without_optimizer(make_state(2))):
+        with pytest.raises(CheckpointError, match=cause) as error:
+            restore(two, change(wanted))
+        assert str(error.value).startswith(f"{two / '2'} is of another model or optimizer")
+        assert "No older checkpoint can be restored" in str(error.value)
+
+
+def test_another_optimizer_is_told_apart_and_does_not_matter_to_parameters(two: Path) -> None:
+    state = make_state(2)
+    plain = dataclasses.replace(abstract(state), opt_state={"mu": abstract(state).params})
+    with pytest.raises(CheckpointError, match=r"is of another model or optimizer: \.opt_state"):
+        restore(two, plain)
+    found = restore(two, dataclasses.replace(plain, opt_state=None))
+    assert found is not None
+    assert_same(found.state, dataclasses.replace(state, opt_state=None))
 
 
 @noisy

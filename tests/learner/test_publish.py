@@ -18,15 +18,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jaxrl_llm.learner import publish
 from jaxrl_llm.learner.publish import PublishConfig, Publisher, PublishError, verify
 from jaxrl_llm.model import hf
+from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.model.transformer import Params, parameter_axes
 from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
 from tests.learner.tiny import MODEL, make_params
-from tests.model.tiny import TINY
 
 
-def publisher(default: str | Path, **settings: Any) -> Publisher:
-    config = PublishConfig(**{"dtype": "float32"} | settings)
-    return Publisher(config, MODEL, default, stop_token_ids=(1,), pad_token_id=None, max_length=32)
+def publisher(place: str | Path, **settings: Any) -> Publisher:
+    """It publishes into `place`: the folder with the run directory's name in publish.folder."""
+    run_dir = Path("runs") / Path(place).name
+    config = PublishConfig(**{"dtype": "float32", "folder": str(Path(place).parent)} | settings)
+    return Publisher(config, MODEL, run_dir, stop_token_ids=(1,), pad_token_id=None, max_length=32)
 
 
 def weights(seed: int) -> Params:
@@ -53,7 +55,7 @@ def test_a_publication_holds_the_weights_and_a_manifest_of_all_its_files(tmp_pat
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     del sizes["manifest.json"]
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == sizes
-    config = hf.read_model_config(folder)
+    config = read_model_config(folder)
     assert config == MODEL
     loaded = hf.load_params(folder, config, make_mesh(MeshConfig()))
     jax.tree.map(np.testing.assert_array_equal, loaded, weights(0))
@@ -87,10 +89,10 @@ def test_bfloat16_is_the_default_and_halves_the_file(tmp_path: Path) -> None:
 
 
 def test_servers_are_given_the_path_that_they_see(tmp_path: Path) -> None:
-    elsewhere = publisher("", folder=str(tmp_path), server_folder="/mnt/weights/")
+    elsewhere = publisher("mine", folder=str(tmp_path), server_folder="/mnt/weights/")
     done = elsewhere.publish(weights(0), 5)
-    assert done.path == f"/mnt/weights/v000005-{done.label[3:]}"
-    assert names(tmp_path) == [Path(done.path).name]
+    assert done.path == f"/mnt/weights/mine/v000005-{done.label[3:]}"
+    assert names(tmp_path / "mine") == [Path(done.path).name]
 
 
 def test_a_relative_folder_is_given_to_servers_in_full(
@@ -98,6 +100,42 @@ def test_a_relative_folder_is_given_to_servers_in_full(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(publisher("w").publish(weights(0), 0).path).parent == tmp_path / "w"
+    default = publisher("run", folder="").publish(weights(0), 0)
+    assert Path(default.path).parent == tmp_path / "runs" / "run" / "weights"
+
+
+# ----------------------------------------------------------------------- one folder, several runs
+
+
+def test_runs_that_share_the_setting_leave_each_other_alone(tmp_path: Path) -> None:
+    """A template that is started twice, with other seeds."""
+    first, second = publisher(tmp_path / "seed-0"), publisher(tmp_path / "seed-1")
+    with first.alone(), second.alone():
+        done = [Path(first.publish(weights(0), version).path) for version in (5, 6)]
+        for version in range(4):
+            second.publish(weights(1), version)
+        assert names(tmp_path / "seed-0") == sorted([".lock", *(path.name for path in done)])
+        assert [verify(path) for path in done] == [f"v{v}-{done[0].name[8:]}" for v in (5, 6)]
+
+
+def test_a_second_publisher_of_one_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        publisher(tmp_path / "w").alone(),
+        pytest.raises(ValueError, match=rf"writing to {tmp_path}/w; .* another publish.folder"),
+        publisher(tmp_path / "w").alone(),
+    ):
+        pass
+    with publisher(tmp_path / "w").alone():
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "w").write_text("mine")
+    with (
+        pytest.raises(PublishError, match=rf"^{tmp_path}/w/run: weights cannot .* move the file"),
+        publisher(tmp_path / "w" / "run").alone(),
+    ):
+        pass
 
 
 # ------------------------------------------------------------------------------------ what stays
@@ -113,14 +151,16 @@ def test_the_newest_stay_and_older_ones_go(tmp_path: Path) -> None:
     # What it published before it went back is of no use to it any more.
     third = Path(writer.publish(weights(7), 2).path).name
     assert names(tmp_path) == [again, third]
-    last = Path(publisher(tmp_path, keep=1).publish(weights(8), 0).path).name
-    assert names(tmp_path) == [last]
+    last = Path(publisher(tmp_path).publish(weights(8), 0).path).name
+    assert names(tmp_path) == [last, third]
 
 
 def test_the_last_publication_stays_whatever_its_digest(tmp_path: Path) -> None:
+    """And so does the one before it, which a server may be reading."""
     for seed in range(6):
-        done = publisher(tmp_path, keep=1).publish(weights(seed), 5)
-        assert names(tmp_path) == [Path(done.path).name]
+        done = Path(publisher(tmp_path).publish(weights(seed), 5).path).name
+        assert done in names(tmp_path)
+        assert len(names(tmp_path)) == min(2, seed + 1)
 
 
 def test_the_same_weights_are_not_written_again(tmp_path: Path) -> None:
@@ -172,25 +212,27 @@ def test_what_a_killed_writer_left_is_removed_and_never_counts(
 def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     for name in ("notes.txt", "v1", "base"):
         (tmp_path / name).mkdir()
-    done = publisher(tmp_path, keep=1).publish(weights(0), 0)
-    assert names(tmp_path) == sorted(["base", "notes.txt", "v1", Path(done.path).name])
+    done = [publisher(tmp_path).publish(weights(version), version) for version in range(3)]
+    kept = [Path(one.path).name for one in done[1:]]
+    assert names(tmp_path) == sorted(["base", "notes.txt", "v1", *kept])
 
 
 def test_a_publication_that_cannot_be_removed_is_reported(tmp_path: Path) -> None:
-    writer = publisher(tmp_path, keep=1)
+    writer = publisher(tmp_path)
     first = writer.publish(weights(0), 0)
+    second = writer.publish(weights(1), 1)
 
     def busy(original: Any, path: Any) -> None:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
 
     with epath.testing.mock_epath(rmtree=busy):
-        second = writer.publish(weights(1), 1)
-    assert len(second.leftovers) == 1
-    assert first.path in second.leftovers[0]
-    assert "busy" in second.leftovers[0]
-    third = writer.publish(weights(2), 2)
-    assert third.leftovers == ()
-    assert names(tmp_path) == [Path(third.path).name]
+        third = writer.publish(weights(2), 2)
+    assert len(third.leftovers) == 1
+    assert first.path in third.leftovers[0]
+    assert "busy" in third.leftovers[0]
+    again = writer.publish(weights(2), 2)
+    assert again.leftovers == ()
+    assert names(tmp_path) == [Path(one.path).name for one in (second, third)]
 
 
 def test_everything_is_on_disk_before_the_publication_has_its_name(
@@ -344,16 +386,14 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"publish.keep is 0"):
-        PublishConfig(keep=0)
+    with pytest.raises(ValueError, match=r"publish.keep is 1: a server .* make it at least 2"):
+        PublishConfig(keep=1)
+    with pytest.raises(ValueError, match=r"server_folder is /mnt/w .* here as publish.folder"):
+        PublishConfig(server_folder="/mnt/w")
     with pytest.raises(ValueError, match=r"publish.folder is gs://b/w, .* publish.server_folder"):
         PublishConfig(folder="gs://b/w")
     with pytest.raises(ValueError, match=r"version is -1"):
         publisher(tmp_path).publish(weights(0), -1)
-    with pytest.raises(ValueError, match=r"dense_layers is \(1,\), but SGLang"):
-        Publisher(
-            PublishConfig(), TINY, tmp_path, stop_token_ids=(), pad_token_id=None, max_length=8
-        )
 
 
 # ----------------------------------------------------------------------------------- object store
@@ -397,7 +437,7 @@ def bucket() -> Iterator[Bucket]:
 
 
 def in_bucket(keep: int = 2) -> Publisher:
-    return publisher("", folder="s3://b/w", server_folder="/mnt/b/w", keep=keep)
+    return publisher("w", folder="s3://b", server_folder="/mnt/b", keep=keep)
 
 
 def folders() -> list[str]:
@@ -417,6 +457,11 @@ def test_an_object_store_gets_the_manifest_last(bucket: Bucket) -> None:
 def _digest_of(name: str) -> str:
     manifest = json.loads(Bucket.store[f"/b/w/{name}/manifest.json"].getvalue())
     return manifest["digest"][:12]
+
+
+def test_an_object_store_knows_no_lock(bucket: Bucket) -> None:
+    with in_bucket().alone(), in_bucket().alone():
+        assert Bucket.store == {}
 
 
 def test_an_object_store_holds_what_a_folder_holds(bucket: Bucket, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The optimizer against float64 numpy, its schedules, and the train state on a mesh."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from jaxrl_llm.learner.state import (
     fresh_optimizer_state,
     init_state,
     make_optimizer,
+    random_params,
     shardings_of,
 )
 from jaxrl_llm.learner.update import apply_gradients
@@ -112,10 +114,12 @@ def test_a_warm_up_must_leave_room_for_the_schedule() -> None:
 def test_the_state_is_the_same_on_every_mesh_and_lies_where_it_should() -> None:
     optimizer = make_optimizer(OptimizerConfig(), 1)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    states = [init_state(MODEL, optimizer, m, jax.random.key(3)) for m in (one_device(), mesh)]
+    params = [random_params(MODEL, m, jax.random.key(3)) for m in (one_device(), mesh)]
+    states = [init_state(given, optimizer) for given in params]
     # Not bit for bit: compilers fuse the sampling of a normal differently for a part of an array.
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), *states)
     expected = abstract_state(MODEL, optimizer, mesh)
+    assert abstract_state(MODEL, None, mesh) == dataclasses.replace(expected, opt_state=None)
     assert jax.tree.structure(states[1]) == jax.tree.structure(expected)
     for leaf, struct in zip(jax.tree.leaves(states[1]), jax.tree.leaves(expected), strict=True):
         assert (leaf.shape, leaf.dtype) == (struct.shape, struct.dtype)

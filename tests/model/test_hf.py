@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
+from jaxrl_llm.model.hf_config import Dtype, config_json, read_model_config
 from jaxrl_llm.model.transformer import Params, parameter_count
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from tests.learner.tiny import make_params
@@ -26,14 +27,12 @@ TIED = dataclasses.replace(TINY, tie_embeddings=True)
 MESHES = (MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(fsdp=2, expert=2, tensor=2))
 
 
-def described(config: ModelConfig = TINY, dtype: hf.Dtype = "float32") -> dict[str, Any]:
-    return hf.config_json(
-        config, dtype=dtype, max_length=32, stop_token_ids=(1,), pad_token_id=None
-    )
+def described(config: ModelConfig = TINY, dtype: Dtype = "float32") -> dict[str, Any]:
+    return config_json(config, dtype=dtype, max_length=32, stop_token_ids=(1,), pad_token_id=None)
 
 
 def export(
-    folder: Path, params: Params, config: ModelConfig = TINY, dtype: hf.Dtype = "float32"
+    folder: Path, params: Params, config: ModelConfig = TINY, dtype: Dtype = "float32"
 ) -> Path:
     tensors = hf.tensors(params, config, dtype)
     hf.write(folder, tensors, described(config, dtype), max_shard_bytes=6000)
@@ -73,7 +72,7 @@ def test_float32_comes_back_bit_for_bit_on_any_mesh(
 ) -> None:
     params = make_params(config)
     export(tmp_path / "a", params, config)
-    assert hf.read_model_config(tmp_path / "a") == config
+    assert read_model_config(tmp_path / "a") == config
     loaded = hf.load_params(tmp_path / "a", config, make_mesh(mesh))
     assert_same_bits(loaded, params)
     export(tmp_path / "b", loaded, config)
@@ -356,7 +355,7 @@ def read(folder: Path, **changes: Any) -> ModelConfig:
     values = described() | changes
     kept = {name: value for name, value in values.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(kept))
-    return hf.read_model_config(folder)
+    return read_model_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -424,13 +423,13 @@ def test_what_the_model_does_not_compute_is_refused(
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config.json cannot be read \(No such file"):
-        hf.read_model_config(tmp_path)
+        read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not JSON"):
-        hf.read_model_config(tmp_path)
+        read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config.json holds no JSON object"):
-        hf.read_model_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 def test_every_setting_of_a_model_is_in_its_config_json(tmp_path: Path) -> None:
@@ -454,4 +453,4 @@ def test_every_setting_of_a_model_is_in_its_config_json(tmp_path: Path) -> None:
         ),
     )
     (tmp_path / "config.json").write_text(json.dumps(described(config)))
-    assert hf.read_model_config(tmp_path) == config
+    assert read_model_config(tmp_path) == config

@@ -133,11 +133,11 @@ def test_a_group_is_as_old_as_its_oldest_token() -> None:
 
 
 def filled(max_staleness: int, *arrivals: tuple[int, int]) -> RolloutBuffer:
-    """A buffer into which the groups of these (draw, version) came in this order."""
+    """A buffer into which the groups of these (draw, version) came in this order, at once."""
     buffer = RolloutBuffer(BufferConfig(max_staleness), drawn=0)
     buffer.draw(max(draw for draw, _ in arrivals) + 1)
     for draw, version in arrivals:
-        buffer.settle(draw, group("abcd"[draw], version))
+        buffer.settle(draw, group("abcd"[draw], version), version)
     return buffer
 
 
@@ -145,22 +145,41 @@ def test_groups_leave_in_the_order_of_their_draws() -> None:
     buffer = filled(0, (1, 4), (2, 4), (0, 4))
     assert names(buffer.take(2, current_version=4)) == ["a", "b"]
     assert len(buffer) == 1
-    assert names(buffer.take(2, current_version=4)) == ["c"]
-    assert buffer.take(2, current_version=4) == ()
+    assert names(buffer.take(1, current_version=4)) == ["c"]
     assert buffer.dropped_stale == 0
+
+
+def test_only_as_many_fresh_groups_as_were_asked_for_are_taken() -> None:
+    buffer = filled(1, (0, 4), (1, 5))
+    with pytest.raises(ValueError, match=r"3 groups are to be taken at version 5; 2 are held"):
+        buffer.take(3, current_version=5)
+    with pytest.raises(ValueError, match=r"the draws \[0\] are too stale; call drop_stale\(\)"):
+        buffer.take(2, current_version=6)
+    assert names(buffer.take(2, current_version=5)) == ["a", "b"]
 
 
 def test_a_draw_is_pending_until_it_is_settled_once() -> None:
     buffer = RolloutBuffer(BufferConfig(), drawn=5)
     assert buffer.draw(2) == (5, 6)
     assert buffer.draw(1) == (7,)
-    buffer.settle(6, None)
+    buffer.settle(6, None, 0)
     assert buffer.pending == {5, 7}
-    buffer.settle(5, group("a", 0))
+    buffer.settle(5, group("a", 0), 0)
     assert (buffer.pending, len(buffer), buffer.drawn) == ({7}, 1, 8)
     for draw in (5, 6, 8):
         with pytest.raises(ValueError, match=f"draw {draw} is not pending"):
-            buffer.settle(draw, None)
+            buffer.settle(draw, None, 0)
+
+
+def test_a_group_that_waited_too_long_is_settled_as_dropped() -> None:
+    """Else it would count as ready, and be gone when it is taken."""
+    buffer = RolloutBuffer(BufferConfig(max_staleness=1), drawn=0)
+    buffer.draw(3)
+    for draw, version in enumerate((3, 5, 4)):
+        buffer.settle(draw, group("abc"[draw], version), 5)
+    assert (buffer.pending, buffer.dropped_stale) == (set(), 1)
+    assert [buffer.ready(count) for count in (2, 3)] == [True, False]
+    assert names(buffer.take(2, current_version=5)) == ["b", "c"]
 
 
 def test_groups_are_ready_when_no_earlier_draw_is_pending() -> None:
@@ -168,24 +187,23 @@ def test_groups_are_ready_when_no_earlier_draw_is_pending() -> None:
     buffer.draw(4)
     ready = []
     for draw in (1, 2, 0):
-        buffer.settle(draw, group("abcd"[draw], 0))
+        buffer.settle(draw, group("abcd"[draw], 0), 0)
         ready.append([buffer.ready(count) for count in (1, 2, 3, 4)])
     assert ready == [[False] * 4, [False] * 4, [True, True, True, False]]
-    buffer.settle(3, None)
+    buffer.settle(3, None, 0)
     assert buffer.ready(3)
     assert not buffer.ready(4)
 
 
 @pytest.mark.parametrize(
-    ("max_staleness", "taken", "dropped"), [(0, ["c"], 3), (1, ["b", "c"], 2), (3, ["a", "b"], 0)]
+    ("max_staleness", "kept"), [(0, ["c"]), (1, ["b", "c"]), (3, ["a", "b", "c", "d"])]
 )
-def test_stale_groups_are_dropped_and_counted(
-    max_staleness: int, taken: list[str], dropped: int
-) -> None:
+def test_stale_groups_are_dropped_and_counted(max_staleness: int, kept: list[str]) -> None:
+    """Wherever they are in the queue."""
     buffer = filled(max_staleness, (0, 3), (1, 5), (2, 6), (3, 4))
-    assert names(buffer.take(2, current_version=6)) == taken
-    assert buffer.dropped_stale == dropped
-    assert len(buffer) == 4 - dropped - len(taken)
+    buffer.drop_stale(6)
+    assert buffer.dropped_stale == 4 - len(buffer) == 4 - len(kept)
+    assert names(buffer.take(len(kept), current_version=6)) == kept
 
 
 def test_a_cleared_buffer_keeps_what_is_pending() -> None:
@@ -196,16 +214,31 @@ def test_a_cleared_buffer_keeps_what_is_pending() -> None:
 
 def test_the_state_survives_json_exactly() -> None:
     buffer = filled(1, (0, 3), (3, 6), (1, 5))
+    buffer.drop_stale(6)
     buffer.take(1, current_version=6)
     stored = json.loads(json.dumps(buffer.to_json()))
     restored = RolloutBuffer.from_json(BufferConfig(max_staleness=1), stored)
     assert restored.dropped_stale == buffer.dropped_stale == 1
     assert (restored.drawn, restored.pending) == (buffer.drawn, buffer.pending) == (4, {2})
     assert restored.to_json() == buffer.to_json()
-    (ours,), (theirs,) = (b.take(5, current_version=6) for b in (restored, buffer))
+    (ours,), (theirs,) = (b.take(1, current_version=6) for b in (restored, buffer))
     for left, right in zip(ours.rollouts, theirs.rollouts, strict=True):
         assert_same(left, right)
         assert (left.reward, left.verdict) == (right.reward, right.verdict)
+
+
+def test_a_copy_changes_on_its_own() -> None:
+    buffer = filled(1, (0, 5), (3, 6), (1, 5))
+    stored = buffer.to_json()
+    other = buffer.copy()
+    assert other.to_json() == stored
+    other.settle(2, group("c", 3), 6)
+    other.draw(2)
+    other.take(1, current_version=6)
+    other.drop_stale(7)
+    assert buffer.to_json() == stored
+    assert (other.drawn, other.pending, other.dropped_stale) == (6, {4, 5}, 2)
+    assert names(other.take(1, current_version=7)) == ["d"]
 
 
 COUNTS = {"drawn": 1, "pending": [], "dropped_stale": 0}

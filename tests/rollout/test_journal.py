@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,10 +182,22 @@ def test_what_no_request_can_ask_for_is_deleted(tmp_path: Path) -> None:
     assert len(book) == 3
     book.forget(version_below=3)
     assert len(book) == len(Journal(tmp_path)) == 2
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["000003.jsonl", "labels.jsonl"]
+    names = ["000003.jsonl", "000003.rollouts.jsonl", "labels.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert book.find(requests[2]) is not None
     book.add(requests[0], make_rollout(requests[0], 3))
     assert book.find(requests[0]) is not None
+
+
+def test_what_was_being_read_when_its_weights_were_forgotten_is_not_kept(tmp_path: Path) -> None:
+    requests = [make_request(sample, staleness=2) for sample in range(2)]
+    book = journal(tmp_path, "v2-aa", 2)
+    book.published("v3-aa", 3)
+    book.forget(version_below=3)
+    book.add(requests[0], make_rollout(requests[0], 2))
+    book.add(requests[1], make_rollout(requests[1], 2, 3))
+    for again in book, journal(tmp_path, "v3-aa", 3):
+        assert [again.find(request) is not None for request in requests] == [False, True]
 
 
 def test_tokens_of_unpublished_weights_are_not_recorded(tmp_path: Path) -> None:
@@ -195,7 +208,11 @@ def test_tokens_of_unpublished_weights_are_not_recorded(tmp_path: Path) -> None:
     assert len(book) == len(Journal(tmp_path)) == 0
 
 
-@pytest.mark.parametrize("name", ["000003.jsonl", "labels.jsonl"])
+FILES = ("000003.rollouts.jsonl", "000003.jsonl")
+"""Of version 3, in the order in which a rollout is written to them."""
+
+
+@pytest.mark.parametrize("name", [*FILES, "labels.jsonl"])
 def test_a_line_that_a_kill_cut_short_costs_that_line_alone(tmp_path: Path, name: str) -> None:
     requests = [make_request(sample) for sample in range(2)]
     book = journal(tmp_path, "v3-aa", 3)
@@ -213,31 +230,153 @@ def test_a_line_that_a_kill_cut_short_costs_that_line_alone(tmp_path: Path, name
         assert_same(found, make_rollout(request, 3))
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_kill_at_any_byte_costs_the_rollout_that_was_being_written(tmp_path: Path) -> None:
+    """And leaves nothing behind that the next process could not go on from."""
+    requests = [make_request(sample) for sample in range(3)]
+    book = journal(tmp_path / "whole", "v3-aa", 3)
+    sizes, whole = [], []
+    for request in requests[:2]:
+        book.add(request, make_rollout(request, 3))
+        whole = [(tmp_path / "whole" / name).read_bytes() for name in FILES]
+        sizes.append([len(data) for data in whole])
+    kills = [(body, sizes[0][1]) for body in range(sizes[0][0], sizes[1][0], 9)]
+    kills += [(sizes[1][0], short) for short in range(sizes[0][1], sizes[1][1])]
+    for number, cut in enumerate(kills):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, data, size in zip(FILES, whole, cut, strict=True):
+            (folder / name).write_bytes(data[:size])
+        again = journal(folder, "v3-aa", 3)
+        assert len(again) == 1
+        assert [(folder / name).stat().st_size for name in FILES] == sizes[0]
+        again.add(requests[2], make_rollout(requests[2], 3))
+        last = journal(folder, "v3-aa", 3)
+        assert last.find(requests[1]) is None
+        for request in requests[0], requests[2]:
+            found = last.find(request)
+            assert found is not None
+            assert_same(found, make_rollout(request, 3))
+
+
+def test_a_kill_between_the_two_files_costs_the_rollout(tmp_path: Path) -> None:
+    """The rollout goes first: a short line without it would be damage."""
+    request = make_request()
+    book = journal(tmp_path, "v3-aa", 3)
+    opened: list[Path] = []
+
+    def killed(path: Path, *args: object, **settings: object) -> object:
+        if opened:
+            raise KeyboardInterrupt
+        opened.append(path)
+        return unpatched(path, *args, **settings)
+
+    unpatched: Any = Path.open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", killed)
+        with pytest.raises(KeyboardInterrupt):
+            book.add(request, make_rollout(request, 3))
+    again = journal(tmp_path, "v3-aa", 3)
+    assert again.find(request) is None
+    again.add(request, make_rollout(request, 3))
+    assert journal(tmp_path, "v3-aa", 3).find(request) is not None
+
+
+def test_a_kill_while_it_forgets_leaves_nothing_to_find(tmp_path: Path) -> None:
+    """The short lines go first: without them nobody looks for rollouts that are gone."""
+    request = make_request()
+    book = journal(tmp_path, "v3-aa", 3)
+    book.add(request, make_rollout(request, 3))
+
+    def killed(path: Path, *, missing_ok: bool) -> None:
+        assert missing_ok
+        unlink(path)
+        raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            book.forget(version_below=4)
+    again = journal(tmp_path, "v3-aa", 3)
+    assert again.find(request) is None
+    again.add(request, make_rollout(request, 3))
+    assert journal(tmp_path, "v3-aa", 3).find(request) is not None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_line_is_named(tmp_path: Path, name: str) -> None:
+    """At the start or, where it is a rollout's, when that is looked for."""
     book = journal(tmp_path, "v3-aa", 3)
     for sample in range(3):
         book.add(make_request(sample), make_rollout(make_request(sample), 3))
-    path = tmp_path / "000003.jsonl"
+    path = tmp_path / name
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\x00" + lines[1][1:] + lines[2])
-    with pytest.raises(ValueError, match=r"000003.jsonl, line 2: .*remove it"):
+    with pytest.raises(ValueError, match=rf"{name}, line 2: .*: remove 000003.jsonl$"):
+        journal(tmp_path, "v3-aa", 3).find(make_request(1))
+    (tmp_path / "000003.jsonl").unlink()
+    assert len(Journal(tmp_path)) == 0
+
+
+def test_a_start_reads_no_rollouts(tmp_path: Path) -> None:
+    """They are megabytes each: damage is seen only when the rollout is looked for."""
+    book = journal(tmp_path, "v3-aa", 3)
+    for sample in range(3):
+        book.add(make_request(sample), make_rollout(make_request(sample), 3))
+    path = tmp_path / "000003.rollouts.jsonl"
+    path.write_bytes(b"\x00" * path.stat().st_size)
+    assert len(journal(tmp_path, "v3-aa", 3)) == 3
+
+
+def test_a_rollout_of_another_request_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    book = journal(tmp_path, "v3-aa", 3)
+    for sample in range(2):
+        book.add(make_request(sample), make_rollout(make_request(sample), 3))
+    path = tmp_path / "000003.rollouts.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[1] + lines[0])
+    with pytest.raises(ValueError, match=r"rollouts.jsonl, line 1: it is of the request"):
+        book.find(make_request(0))
+
+
+@pytest.mark.parametrize("left", [0, 7, None])
+def test_a_rollout_that_is_missing_is_named(tmp_path: Path, left: int | None) -> None:
+    """As after the machine has failed, or somebody removed the large file alone."""
+    book = journal(tmp_path, "v3-aa", 3)
+    for sample in range(2):
+        book.add(make_request(sample), make_rollout(make_request(sample), 3))
+    path = tmp_path / "000003.rollouts.jsonl"
+    data = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(data[: len(data) - left - 1])
+    number = 1 if left is None else 2
+    message = rf"000003.jsonl, line {number}: its rollout ends at byte .*: remove 000003.jsonl$"
+    with pytest.raises(ValueError, match=message):
         Journal(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["7", "[]", '{"key": "k"}'])
 def test_a_line_of_another_kind_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "000003.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"000003.jsonl, line 1: .*remove it"):
+    with pytest.raises(ValueError, match=r"000003.jsonl, line 1: .*: remove 000003.jsonl$"):
         Journal(tmp_path)
 
 
-def test_a_full_disk_stops_the_run_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_stops_the_run_by_name(tmp_path: Path, name: str) -> None:
     request = make_request()
     book = journal(tmp_path, "v3-aa", 3)
-    (tmp_path / "000003.jsonl").symlink_to("/dev/full")
-    with pytest.raises(EngineError, match=r"cannot write .*000003.jsonl.*No space left"):
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(EngineError, match=rf"cannot write .*{name}.*No space left"):
         book.add(request, make_rollout(request, 3))
     assert book.find(request) is None
+    (tmp_path / name).unlink()  # there is space again
+    book.add(request, make_rollout(request, 3))
+    for again in book, journal(tmp_path, "v3-aa", 3):
+        found = again.find(request)
+        assert found is not None
+        assert_same(found, make_rollout(request, 3))
 
 
 def test_threads_may_share_it(tmp_path: Path) -> None:
@@ -285,3 +424,5 @@ def test_lines_are_json_that_names_its_weights(tmp_path: Path) -> None:
     book.add(request, make_rollout(request, 2, 3))
     (line,) = (tmp_path / "000003.jsonl").read_text().splitlines()
     assert json.loads(line)["labels"] == {"2": "v2-aa", "3": "v3-aa"}
+    (rollout,) = (tmp_path / "000003.rollouts.jsonl").read_text().splitlines()
+    assert json.loads(rollout)["key"] == json.loads(line)["key"]

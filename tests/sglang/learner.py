@@ -17,6 +17,7 @@ from jaxrl_llm.learner.probe import ProbeScore, make_probe_score
 from jaxrl_llm.learner.publish import Publication, PublishConfig, Publisher
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
+from jaxrl_llm.model.hf_config import config_json
 from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.rollout.engine import EngineFailure, Request
@@ -50,7 +51,7 @@ def params(seed: int) -> Params:
 
 
 def export(weights: Params, folder: Path) -> None:
-    described = hf.config_json(
+    described = config_json(
         MODEL, dtype="float32", max_length=CONTEXT, stop_token_ids=(), pad_token_id=None
     )
     hf.write(folder, hf.tensors(weights, MODEL, "float32"), described)

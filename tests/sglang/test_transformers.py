@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
+from jaxrl_llm.model.hf_config import Dtype, config_json, read_model_config
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.sharding import MeshConfig, make_mesh
 from tests.learner.tiny import make_params
@@ -42,7 +43,7 @@ def with_moe(**changes: Any) -> ModelConfig:
     return dataclasses.replace(MOE, moe=dataclasses.replace(MOE.moe, **changes))
 
 
-OURS: dict[str, tuple[ModelConfig, hf.Dtype]] = {
+OURS: dict[str, tuple[ModelConfig, Dtype]] = {
     "moe": (MOE, "float32"),
     "dense_layer": (with_moe(dense_layers=(1,), dense_width=20), "float32"),
     "tied": (dataclasses.replace(MOE, tie_embeddings=True), "float32"),
@@ -103,7 +104,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     tokens = np.random.default_rng(0).integers(0, MOE.vocab_size, (ROWS, LENGTH), np.int32)
     np.save(folder / "tokens.npy", tokens)
     for name, (config, dtype) in OURS.items():
-        described = hf.config_json(
+        described = config_json(
             config, dtype=dtype, max_length=64, stop_token_ids=(3, 5), pad_token_id=0
         )
         tensors = hf.tensors(make_params(config), config, dtype)
@@ -171,7 +172,7 @@ def test_transformers_takes_all_of_our_tensors_and_settings(work: Work, name: st
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_we_compute_what_transformers_computes_with_its_checkpoint(work: Work, name: str) -> None:
-    config = hf.read_model_config(work.folder / name)
+    config = read_model_config(work.folder / name)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     params = hf.load_params(work.folder / name, config, mesh)
     check_equal(work, name, config, params)
@@ -180,7 +181,7 @@ def test_we_compute_what_transformers_computes_with_its_checkpoint(work: Work, n
 @pytest.mark.parametrize("name", ["theirs_bfloat16", "theirs_float32"])
 def test_a_checkpoint_of_transformers_leaves_as_it_came(work: Work, name: str) -> None:
     folder = work.folder / name
-    config = hf.read_model_config(folder)
+    config = read_model_config(folder)
     params = hf.load_params(folder, config, make_mesh(MeshConfig(expert=8)))
     written = dict(hf.tensors(params, config, THEIRS[name]["dtype"]))
     read = 0
@@ -196,6 +197,6 @@ def test_a_checkpoint_of_transformers_leaves_as_it_came(work: Work, name: str) -
 
 
 def test_dense_layers_of_transformers_are_those_it_says(work: Work) -> None:
-    config = hf.read_model_config(work.folder / "theirs_float16")
+    config = read_model_config(work.folder / "theirs_float16")
     assert config.moe.dense_layers == (0, 2, 3)
     assert work.arrays("theirs_float16")["routes"].shape[0] == config.num_moe_layers == 1

@@ -16,7 +16,8 @@ METRICS: dict[str, str] = {
     "no gradient [fraction]",
     "rollout/verdict_*": "rollouts whose verdict had this cause [rollouts]",
     "rollout/failures": "requests that the inference engine failed [requests]",
-    "rollout/dropped_groups": "groups dropped as too stale or too incomplete to train on [groups]",
+    "rollout/dropped_groups": "groups dropped as too incomplete to train on, or too stale; with "
+    "over-sampling what the step before had too many of [groups]",
     "rollout/filtered_groups": "groups that rollout.filter kept from the learner [groups]",
     "rollout/sampled_reward_mean": "mean reward of all that was verified in the step, before "
     "filters and ages [reward]",

@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
 import tests.conftest  # noqa: F401 (before JAX starts: the learner's process has no pytest)
 from jaxrl_llm import loop
 from jaxrl_llm.config import RunConfig, read_config, to_json
-from jaxrl_llm.data.rewards import Verdict, Verifier
 from jaxrl_llm.learner.publish import PublishConfig
 from jaxrl_llm.learner.state import OptimizerConfig
 from jaxrl_llm.rollout.sglang import SGLangConfig
@@ -35,7 +33,7 @@ from tests.learner.test_publish import failing_open
 from tests.rollout.fake_samplers import ModelSampler
 from tests.rollout.fake_sglang import FakeServer
 from tests.test_loop import logged
-from tests.tiny import tiny_config, vary
+from tests.tiny import even_lengths, tiny_config, vary
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,19 +51,6 @@ def served(run_dir: Path, servers: Sequence[FakeServer]) -> RunConfig:
     )
     config = vary(config, "rollout", sglang=sglang, publish=PublishConfig(dtype="float32"))
     return vary(config, "learner", optimizer=OptimizerConfig(learning_rate=1e-2))
-
-
-@contextlib.contextmanager
-def even_lengths() -> Iterator[None]:
-    """Responses of even length are correct: the untrained model earns no other rewards."""
-
-    def score(_: Verifier, texts: Sequence[tuple[str, str]]) -> list[Verdict]:
-        even = [len(text) % 2 == 0 for text, _ in texts]
-        return [Verdict(float(yes), "correct" if yes else "wrong") for yes in even]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Verifier, "score", score)
-        yield
 
 
 def elsewhere(config: RunConfig, run_dir: Path) -> RunConfig:

@@ -37,7 +37,6 @@ from tests.sglang_runs import (
     HalfLoading,
     checkpoints,
     elsewhere,
-    even_lengths,
     full,
     journaled,
     learner,
@@ -48,7 +47,7 @@ from tests.sglang_runs import (
     written_rollouts,
 )
 from tests.test_loop import logged, run
-from tests.tiny import COLD_STEPS, RL_STEPS, tiny_config, vary
+from tests.tiny import COLD_STEPS, RL_STEPS, even_lengths, tiny_config, vary
 
 UPDATE = "/update_weights_from_disk"
 LAST = COLD_STEPS + RL_STEPS

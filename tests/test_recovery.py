@@ -14,7 +14,6 @@ import pytest
 from jaxrl_llm import assembly, loop
 from jaxrl_llm.assembly import CHECKPOINTS
 from jaxrl_llm.config import RunConfig
-from jaxrl_llm.data.rewards import Verdict, Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointConfig, restore
 from jaxrl_llm.learner.state import abstract_state, make_optimizer
@@ -30,7 +29,7 @@ from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import make_mesh
 from jaxrl_llm.types import Rollout
 from tests.test_loop import logged, run
-from tests.tiny import COLD_STEPS, tiny_config, vary
+from tests.tiny import COLD_STEPS, even_lengths, tiny_config, vary
 
 ALWAYS = ThresholdConfig(**{f.name: 0.0 for f in dataclasses.fields(ThresholdConfig)})
 ALWAYS = dataclasses.replace(ALWAYS, kl_high=1e-12)
@@ -39,14 +38,7 @@ ALWAYS = dataclasses.replace(ALWAYS, kl_high=1e-12)
 
 @pytest.fixture(scope="module", autouse=True)
 def _rewards() -> Iterator[None]:
-    """Responses of even length are correct: the untrained model earns no other rewards."""
-
-    def score(_: Verifier, texts: Sequence[tuple[str, str]]) -> list[Verdict]:
-        even = [len(text) % 2 == 0 for text, _ in texts]
-        return [Verdict(float(yes), "correct" if yes else "wrong") for yes in even]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Verifier, "score", score)
+    with even_lengths():
         yield
 
 

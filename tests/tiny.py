@@ -1,15 +1,19 @@
 """A whole experiment that runs in seconds, for tests of the loop; vary it with dataclasses."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from jaxrl_llm.assembly import CHECKPOINTS
 from jaxrl_llm.config import ColdStartConfig, RolloutConfig, RunConfig, TaskConfig, to_json
 from jaxrl_llm.data.prompts import DataConfig
+from jaxrl_llm.data.rewards import Verdict, Verifier
 from jaxrl_llm.evaluate import EvaluationConfig
 from jaxrl_llm.learner.checkpoint import CheckpointConfig, Checkpoints
 from jaxrl_llm.learner.state import (
@@ -83,3 +87,16 @@ def saved_run(config: RunConfig, *steps: int) -> Params:
             state = fresh_optimizer_state(TrainState(jnp.int32(step), params, None), optimizer)
             checkpoints.save(step, state, {})
     return params
+
+
+@contextlib.contextmanager
+def even_lengths() -> Iterator[None]:
+    """Responses of even length are correct: the untrained model earns no other rewards."""
+
+    def score(_: Verifier, texts: Sequence[tuple[str, str]]) -> list[Verdict]:
+        even = [len(text) % 2 == 0 for text, _ in texts]
+        return [Verdict(float(yes), "correct" if yes else "wrong") for yes in even]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Verifier, "score", score)
+        yield

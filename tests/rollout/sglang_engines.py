@@ -28,6 +28,10 @@ SAMPLING = SamplingParams(6)
 CONFIG = SGLangConfig(
     max_length=64, concurrency=8, request_seconds=30, health_seconds=20, update_seconds=30
 )
+# Lost servers are looked for often, and a server is asked again at once.
+WATCHFUL = dataclasses.replace(CONFIG, health_seconds=0.5)
+# Nothing comes back, and a wait without any server is short.
+ALONE = dataclasses.replace(CONFIG, update_seconds=0.5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,19 +38,6 @@ from tests.rollout.sglang_engines import (
     wait_until,
 )
 
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
-
-@pytest.fixture
-def other() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
-
 # --- requests
 
 

@@ -21,8 +21,10 @@ from tests.rollout import fake_faults
 from tests.rollout.fake_faults import Edit, Fault, FaultKind
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.sglang_engines import (
+    ALONE,
     CONFIG,
     SAMPLER,
+    WATCHFUL,
     check_sampled_by,
     engine,
     requests,
@@ -33,36 +35,11 @@ from tests.rollout.sglang_engines import (
 
 UPDATE = "/update_weights_from_disk"
 
-# Lost servers are looked for often, and a server is asked again at once.
-WATCHFUL = dataclasses.replace(CONFIG, health_seconds=0.5)
-# Nothing comes back, and a wait without any server is short.
-ALONE = dataclasses.replace(CONFIG, update_seconds=0.5)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
-
-@pytest.fixture
-def other() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
 
 @pytest.fixture
 def one(server: FakeServer, tmp_path: Path) -> Iterator[SGLangEngine]:
     """One server with weights, which is asked again at once."""
     with engine([server], tmp_path, WATCHFUL) as made:
-        made.publish("one", 0)
-        yield made
-
-
-@pytest.fixture
-def two(server: FakeServer, other: FakeServer, tmp_path: Path) -> Iterator[SGLangEngine]:
-    """Two servers with weights."""
-    with engine([server, other], tmp_path) as made:
         made.publish("one", 0)
         yield made
 

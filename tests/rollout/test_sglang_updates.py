@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from tests.rollout.fake_faults import Fault
 from tests.rollout.fake_samplers import HashSampler
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.sglang_engines import (
+    ALONE,
     CONFIG,
     MODEL,
-    SAMPLER,
+    WATCHFUL,
     Learner,
     check_sampled_by,
     engine,
@@ -34,31 +34,6 @@ from tests.rollout.sglang_engines import (
 )
 
 UPDATE = "/update_weights_from_disk"
-
-# Lost servers are looked for often, and a server is asked again at once.
-WATCHFUL = dataclasses.replace(CONFIG, health_seconds=0.5)
-# Nothing comes back, and a wait without any server is short.
-ALONE = dataclasses.replace(CONFIG, update_seconds=0.5)
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
-
-@pytest.fixture
-def other() -> Iterator[FakeServer]:
-    with FakeServer(SAMPLER) as server:
-        yield server
-
-
-@pytest.fixture
-def two(server: FakeServer, other: FakeServer, tmp_path: Path) -> Iterator[SGLangEngine]:
-    """Two servers with weights."""
-    with engine([server, other], tmp_path) as made:
-        made.publish("one", 0)
-        yield made
 
 
 # --- weights that do not arrive

@@ -24,8 +24,11 @@ from jaxrl_llm.rollout.engine import Params, Request
 from jaxrl_llm.rollout.servers import Weights
 from jaxrl_llm.types import Rollout
 
-Score = Callable[[Any, np.ndarray, float], np.ndarray]
-"""The learner's log-probabilities: (params, tokens i32[T], temperature) -> f32[S] of tokens[1:]."""
+Score = Callable[[Any, np.ndarray, np.ndarray | None, float], np.ndarray]
+"""The learner's log-probabilities of tokens[1:], through the sampler's experts if they are known.
+
+(params, tokens i32[T], routes int16[S, L, K] or None, temperature) -> f32[S]; learner/probe.py.
+"""
 
 KEPT_VERSIONS = 8
 """Publishes whose log-probabilities of the probe's prompt are remembered, to name old weights."""
@@ -84,9 +87,11 @@ class Probe:
     ) -> dict[str, Verdict]:
         """A verdict on every server's answer, by its URL. `params` are those of `weights`."""
         verdicts = {}
-        scored: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}  # seeded servers sample the same
+        # Servers that obey seeds sample the same.
+        scored: dict[tuple[bytes, str], tuple[np.ndarray, np.ndarray]] = {}
         for url, answer in answers.items():
-            key = answer.rollout.tokens.tobytes()
+            rollout = answer.rollout
+            key = (rollout.tokens.tobytes(), rollout.route_digest)
             if key not in scored:
                 scored[key] = self._expected(params, answer)
             prompt, response = scored[key]
@@ -115,17 +120,18 @@ class Probe:
 
         Servers report prompts at temperature 1, and greedy samples too.
         """
-        tokens, temperature = answer.rollout.tokens, self.request.sampling.temperature
+        rollout, temperature = answer.rollout, self.request.sampling.temperature
         split = self.request.prompt.tokens.size - 1
-        plain = np.asarray(self._score(params, tokens, 1.0))
-        if plain.shape != (tokens.size - 1,):
+        plain = np.asarray(self._score(params, rollout.tokens, rollout.routes, 1.0))
+        if plain.shape != (rollout.tokens.size - 1,):
             raise ValueError(
-                f"the learner scored {tokens.size} tokens as {plain.shape}; expected one "
+                f"the learner scored {rollout.tokens.size} tokens as {plain.shape}; expected one "
                 "log-probability for each token but the first"
             )
         if temperature in (0.0, 1.0):
             return plain[:split], plain[split:]
-        return plain[:split], np.asarray(self._score(params, tokens, temperature))[split:]
+        scored = self._score(params, rollout.tokens, rollout.routes, temperature)
+        return plain[:split], np.asarray(scored)[split:]
 
     def _left_behind(self, url: str, weights: Weights, answer: Answer) -> bool:
         if url not in self._heard or self._heard[url][0] not in self._learner:

@@ -54,7 +54,9 @@ class Learner:
         label = f"v{version}-{params}"
         return Written(version, label, write_weights(self._folder / label, params))
 
-    def score(self, params: str, tokens: np.ndarray, temperature: float) -> np.ndarray:
+    def score(
+        self, params: str, tokens: np.ndarray, routes: np.ndarray | None, temperature: float
+    ) -> np.ndarray:
         folder = write_weights(self._folder / f"scored-{params}", params)
         scored = SAMPLER.score(SAMPLER.load(folder), tokens.tolist(), temperature)
         return np.asarray(scored, np.float32)

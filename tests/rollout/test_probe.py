@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.rollout.probe import KEPT_VERSIONS, Answer, Probe, Verdict
-from jaxrl_llm.types import NOT_SAMPLED, Rollout, SamplingParams
+from jaxrl_llm.types import NOT_SAMPLED, Rollout, SamplingParams, bind_routes
 from tests.rollout.sglang_engines import Written, request
 
 TOLERANCE = 0.1
@@ -23,7 +23,9 @@ def truth(params: float, temperature: float = 1.0) -> np.ndarray:
     return np.float32(-2 - params - np.linspace(0, 1, PROMPT + SAMPLED - 1) / temperature)
 
 
-def score(params: float, tokens: np.ndarray, temperature: float) -> np.ndarray:
+def score(
+    params: float, tokens: np.ndarray, routes: np.ndarray | None, temperature: float
+) -> np.ndarray:
     assert tokens.size == PROMPT + SAMPLED
     return truth(params, temperature)
 
@@ -139,13 +141,20 @@ def test_a_response_is_scored_at_its_temperature_and_a_prompt_at_1() -> None:
 def test_servers_that_said_the_same_are_scored_once() -> None:
     calls = []
 
-    def counting(params: float, tokens: np.ndarray, temperature: float) -> np.ndarray:
-        calls.append(tokens)
+    def counting(
+        params: float, tokens: np.ndarray, routes: np.ndarray | None, temperature: float
+    ) -> np.ndarray:
+        calls.append(routes)
         return truth(params)
 
     probe = Probe(PROBE, counting, TOLERANCE)
-    probe.judge(1.0, weights(0), {f"http://{i}": answer(1.0) for i in range(3)})
+    said = answer(1.0)
+    routes = np.zeros((PROMPT + SAMPLED - 1, 2, 2), np.int16)
+    other = dataclasses.replace(said, rollout=bind_routes(said.rollout, routes))
+    probe.judge(1.0, weights(0), {f"http://{i}": said for i in range(3)})
     assert len(calls) == 1
+    probe.judge(1.0, weights(1), {"http://0": said, "http://1": other, "http://2": other})
+    assert [routes is None for routes in calls] == [True, True, False]
 
 
 def test_a_server_that_comes_back_is_judged_by_the_last_weights(probe: Probe) -> None:

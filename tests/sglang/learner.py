@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.arrays import ReplayedRoutes
 from jaxrl_llm.engines import CONTEXT_MARGIN
 from jaxrl_llm.learner.probe import ProbeScore, make_probe_score
 from jaxrl_llm.learner.publish import Publication, PublishConfig, Publisher
@@ -22,7 +23,7 @@ from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.rollout.engine import EngineFailure, Request
 from jaxrl_llm.rollout.sglang import LearnerSide, SGLangConfig, SGLangEngine
-from jaxrl_llm.types import Prompt, Rollout, SamplingParams
+from jaxrl_llm.types import NO_ROUTE, Prompt, Rollout, SamplingParams
 from tests.learner.tiny import make_params, one_device
 from tests.model.tiny import one_segment
 from tests.sglang.server import RealServer
@@ -78,21 +79,32 @@ class Ours(NamedTuple):
     routes: np.ndarray  # int[S, L, K]
 
 
-def ours(weights: Params, tokens: np.ndarray, temperature: float = 1.0) -> Ours:
+def ours(weights: Params, tokens: np.ndarray, routes: np.ndarray | None = None) -> Ours:
+    """Through the experts `routes`, int[S, L, K], if given."""
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : tokens.size] = tokens  # behind what a causal model looks at
-    found = _forward(weights, padded, temperature=temperature)
+    replayed = np.full((1, LENGTH - 1, MODEL.num_layers, 2), NO_ROUTE, np.int16)
+    if routes is not None:
+        replayed[0, : tokens.size - 1] = routes
+    found = _forward(weights, padded, replayed)
     return Ours(*(np.asarray(part)[: tokens.size - 1] for part in found))
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def _forward(weights: Params, tokens: jax.Array, *, temperature: float) -> Ours:
+def as_sampled(weights: Params, rollout: Rollout) -> Ours:
+    """Through the server's experts: of two that are nearly tied each engine may choose its own.
+
+    agreement() says how often that happens; here it would move a token by tenths of a nat.
+    """
+    assert rollout.routes is not None
+    return ours(weights, rollout.tokens, rollout.routes)
+
+
+@jax.jit
+def _forward(weights: Params, tokens: jax.Array, routes: jax.Array) -> Ours:
     forward = make_forward(MODEL, ComputeConfig(remat="none"))
-    output = forward(weights, *one_segment(tokens[:, :-1]), None)
+    output = forward(weights, *one_segment(tokens[:, :-1]), ReplayedRoutes(routes))
     head = unembed(weights, MODEL)
-    logprobs, _ = token_logprobs(
-        output.hidden, head, tokens[:, 1:], temperature=temperature, chunk=64
-    )
+    logprobs, _ = token_logprobs(output.hidden, head, tokens[:, 1:], temperature=1.0, chunk=64)
     logits = jnp.matmul(output.hidden, head, precision="highest")
     return Ours(logprobs[0], logits[0], jnp.moveaxis(output.router.experts[:, 0], 0, 1))
 

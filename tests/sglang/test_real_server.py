@@ -39,6 +39,7 @@ from tests.sglang.learner import (
     PROBE,
     Learner,
     agreement,
+    as_sampled,
     engine,
     export,
     finished,
@@ -111,7 +112,7 @@ def test_every_log_probability_and_the_routes_are_ours(
     pairs, sampled = [], []
     for request, value in zip(asked, ask_all(client, asked), strict=True):
         rollout = wire.parse(value, request, CONTRACT)
-        expected = ours(params(0), rollout.tokens).logprobs
+        expected = as_sampled(params(0), rollout).logprobs
         reported = np.where(rollout.loss_mask, rollout.sampler_logprobs, 0)
         prompt = request.prompt.tokens.size - 1
         reported[:prompt] = wire.prompt_logprobs(value, request, MODEL.vocab_size)
@@ -159,7 +160,7 @@ def test_log_probabilities_are_of_the_distribution_sampled_from(
     renormalised = 0
     for request, value in zip(asked, ask_all(client, asked), strict=True):
         rollout = wire.parse(value, request, CONTRACT)
-        logits = ours(params(0), rollout.tokens).logits[rollout.loss_mask]
+        logits = as_sampled(params(0), rollout).logits[rollout.loss_mask]
         # Greedy sampling reports those at temperature 1.
         expected = log_softmax(logits / (sampling.temperature or 1))
         if sampling.top_k:
@@ -200,7 +201,7 @@ def test_a_stop_token_is_part_of_the_response(client: httpx.Client, default_weig
     assert rollout.finish == "stop"
     assert response[-1] in (3, 4)
     assert not set(response[:-1].tolist()) & {3, 4}
-    expected = ours(params(0), rollout.tokens).logprobs[rollout.loss_mask]
+    expected = as_sampled(params(0), rollout).logprobs[rollout.loss_mask]
     reported = rollout.sampler_logprobs[rollout.loss_mask]
     np.testing.assert_allclose(reported, expected, rtol=0, atol=NATS)
 
@@ -220,7 +221,7 @@ def versions(rollout: Rollout) -> list[int]:
 
 def check_sampled_by(rollouts: Sequence[Rollout], weights: Params) -> None:
     for rollout in rollouts:
-        expected = ours(weights, rollout.tokens).logprobs[rollout.loss_mask]
+        expected = as_sampled(weights, rollout).logprobs[rollout.loss_mask]
         reported = rollout.sampler_logprobs[rollout.loss_mask]
         np.testing.assert_allclose(reported, expected, rtol=0, atol=NATS)
     assert agreement([(rollout, weights) for rollout in rollouts]) >= 0.999
@@ -327,19 +328,21 @@ def test_weights_published_during_generation(
 
 
 def check_spanning(rollout: Rollout, *, recomputed: bool) -> None:
-    """Every token has the log-probability that the weights of its own version give it.
+    """Tokens have the log-probabilities that the weights of their own version give them.
 
-    For the newer tokens that is so only if the older ones' keys and values were computed anew.
+    For the newer tokens that is so only if the older ones' keys and values were computed anew. The
+    experts are not known here, so a few tokens may be elsewhere.
     """
     before, after = (rollout.weight_version == version for version in (0, 1))
     old, new = (ours(params(seed), rollout.tokens).logprobs for seed in (0, 1))
-    reported = rollout.sampler_logprobs
-    np.testing.assert_allclose(reported[before], old[before], rtol=0, atol=NATS)
-    assert np.max(np.abs(reported[before] - new[before])) > 0.5
-    if recomputed:
-        np.testing.assert_allclose(reported[after], new[after], rtol=0, atol=NATS)
-    else:
-        assert np.max(np.abs(reported[after] - new[after])) > NATS
+    assert close(rollout, before, old) > 0.9
+    assert close(rollout, before, new) < 0.1
+    assert (close(rollout, after, new) > 0.9) == recomputed
+
+
+def close(rollout: Rollout, where: np.ndarray, expected: np.ndarray) -> float:
+    """Share of the tokens there that are within NATS of what was expected."""
+    return float(np.mean(np.abs(rollout.sampler_logprobs - expected)[where] < NATS))
 
 
 def test_a_learner_that_starts_again_meets_no_prefix_of_later_weights(

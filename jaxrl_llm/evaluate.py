@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -186,10 +187,11 @@ def evaluate(
     prompts = [prompts[index] for index in range(min(config.prompts or len(prompts), len(prompts)))]
     _check_prompts(prompts)
     sampling = dataclasses.replace(sampling, top_p=config.top_p, top_k=config.top_k)
-    requests = list(_requests(prompts, sampling, config, seed))
+    passes = _passes(prompts, sampling, config, seed)
+    requests = [request for part in passes for request in part]
     failures: collections.Counter[str] = collections.Counter()
     rollouts: dict[tuple[str, int], Rollout] = {}
-    for result in engine.generate(requests):
+    for result in itertools.chain.from_iterable(engine.generate(part) for part in passes):
         if isinstance(result, EngineFailure):
             failures[result.cause] += 1
         else:
@@ -212,15 +214,26 @@ def evaluate(
     return _result(prompts, scored, dict(failures), config, seed)
 
 
-def _requests(
+def _passes(
     prompts: Sequence[Prompt], sampling: SamplingParams, config: EvaluationConfig, seed: int
-) -> Iterator[Request]:
-    """The samples 0 .. n-1 of every prompt and, with index n, the greedy one."""
+) -> list[list[Request]]:
+    """The samples 0 .. n-1 of every prompt; then, with index n, the greedy ones, if asked for.
+
+    Apart, because SGLang draws another sample from the same seed where a greedy request shares the
+    batch: which ones would be a matter of timing.
+    """
     greedy = dataclasses.replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
-    for prompt in prompts:
-        for index in range(config.samples + config.greedy):
-            params = sampling if index < config.samples else greedy
-            yield Request(prompt, index, request_seed(seed, prompt.prompt_id, index), params)
+    kinds = [(sampling, range(config.samples))]
+    if config.greedy:
+        kinds.append((greedy, range(config.samples, config.samples + 1)))
+    return [
+        [
+            Request(prompt, index, request_seed(seed, prompt.prompt_id, index), params)
+            for prompt in prompts
+            for index in indices
+        ]
+        for params, indices in kinds
+    ]
 
 
 def _result(

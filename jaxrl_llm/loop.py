@@ -48,8 +48,8 @@ def run(config: RunConfig) -> Generator[StepRecord]:
 
     Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a
     directory that holds another experiment, and CheckpointError for a damaged checkpoint. With all
-    records yielded and a checkpoint made, raises EarlyStop where the early warning ends the run and
-    EngineError where its servers do.
+    records yielded and a checkpoint made, raises EarlyStop where the early warning ends the run,
+    EngineError where its servers do, and PublishError where weights cannot be written for them.
     """
     with contextlib.ExitStack() as stack:
         job = assemble(config, stack)
@@ -64,14 +64,16 @@ def run(config: RunConfig) -> Generator[StepRecord]:
                 if ended or job.checkpoints.due(progress.step):
                     save(job, progress)
                 yield from records
-                if progress.failure:
-                    raise progress.failure
                 if progress.stop:
-                    raise EarlyStop(progress.stop)
+                    break
         except (GeneratorExit, EngineError):
             # An engine fails before the update it was to serve: the last step's state is whole.
             save(job, progress)
             raise
+        if progress.failure:
+            raise progress.failure
+        if progress.stop:
+            raise EarlyStop(progress.stop)
 
 
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:

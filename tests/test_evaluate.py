@@ -43,9 +43,11 @@ class ScriptedEngine:
 
     script: Script
     requests: list[Request] = dataclasses.field(default_factory=list)
+    calls: list[int] = dataclasses.field(default_factory=list)  # requests of each
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Rollout | EngineFailure]:
-        self.requests = list(requests)
+        self.requests += requests
+        self.calls.append(len(requests))
         for request in reversed(requests):
             right = self.script(request)
             prompt, index = request.prompt, request.sample_index
@@ -201,7 +203,7 @@ def test_an_engine_that_fails_everything_leaves_no_number() -> None:
     assert result.failures == {"too_long": 10}
 
 
-def test_requests_differ_in_seed_and_only_the_last_is_greedy() -> None:
+def test_requests_differ_in_seed_and_the_greedy_ones_come_apart() -> None:
     engine = ScriptedEngine(lambda _: True)
     with Verifier(RewardConfig()) as verifier:
         evaluate(engine, make_prompts(3), verifier, sampling=SAMPLING, config=CONFIG, seed=5)
@@ -209,7 +211,8 @@ def test_requests_differ_in_seed_and_only_the_last_is_greedy() -> None:
     assert len({request.seed for request in requests}) == len(requests) == 15
     greedy = SamplingParams(max_new_tokens=12, stop_token_ids=(14,), temperature=0.0)
     truncated = dataclasses.replace(SAMPLING, top_p=0.9)
-    assert [r.sampling for r in requests] == ([truncated] * 4 + [greedy]) * 3
+    assert [r.sampling for r in requests] == [truncated] * 12 + [greedy] * 3
+    assert engine.calls == [12, 3]  # the greedy ones once the others have their answers
     assert {r.max_staleness for r in requests} == {0}  # of the weights that are evaluated alone
 
 
@@ -252,7 +255,7 @@ def test_an_engine_that_loses_requests_is_an_error() -> None:
     engine = Forgetful(lambda _: True)
     with (
         Verifier(RewardConfig()) as verifier,
-        pytest.raises(ValueError, match="answered 9 of 10 requests and failed 0"),
+        pytest.raises(ValueError, match="answered 8 of 10 requests and failed 0"),
     ):
         evaluate(engine, make_prompts(2), verifier, sampling=SAMPLING, config=CONFIG, seed=5)
 

@@ -169,11 +169,7 @@ class SGLangEngine:
         self._updates.publish(params, weights, self._background)
 
     def generate(self, requests: Sequence[Request]) -> Outcomes[Rollout | EngineFailure]:
-        """See Engine.generate. What the journal has is not sampled again.
-
-        A seed fixes a response among requests of its kind. Where a greedy or a truncated one shares
-        a batch, SGLang 0.5.23 draws all of it in another way, from the same distribution.
-        """
+        """See Engine.generate. What the journal has is not sampled again."""
         if not self._updates.label:
             raise RuntimeError("the engine has no weights; call publish() before generate()")
         outcomes: Outcomes[Rollout | EngineFailure] = Outcomes(len(requests))

@@ -148,6 +148,8 @@ def _sampling_params(request: Request) -> dict[str, Any]:
         "presence_penalty": 0.0,
         "repetition_penalty": 1.0,
         "n": 1,
+        # Fixes a response among requests of its kind: where a greedy or a truncated one shares the
+        # batch, all of it is drawn by another routine, from the same distributions.
         "sampling_seed": request.seed,
         "stop": None,
         "stop_regex": None,

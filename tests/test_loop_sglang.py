@@ -201,13 +201,6 @@ def test_the_engine_in_process_gives_the_run_of_a_server(
 # --- a learner that is killed
 
 
-def hold_at(server: FakeServer, answer: int, tokens: int) -> None:
-    """With this answer to /generate, responses stop at so many tokens."""
-    server.add(
-        Fault("/generate", "edit", calls=(answer,), edit=lambda *_: server.hold(tokens=tokens))
-    )
-
-
 def kill_learner(
     config: RunConfig, server: FakeServer, folder: Path, *, held: int, after: int
 ) -> None:
@@ -231,9 +224,10 @@ def kill_learner(
 def test_a_killed_learner_goes_on_and_samples_only_what_was_unfinished(
     finished: Finished, config: RunConfig, both: list[FakeServer], tmp_path: Path
 ) -> None:
-    server, done = both[0], 13
+    server, done = both[0], 12
     before = EVALUATED + BATCH + BATCH + EVALUATED  # of versions 0, 1, and 2
-    hold_at(server, 3 + before + done, tokens=2)  # with three probes
+    # After three probes and `done` responses two are under way.
+    server.hold(tokens=2, call=3 + before + done + 2)
     kill_learner(config, server, tmp_path, held=2, after=COLD_STEPS + 1)
     assert checkpoints(config.directory) == [2, COLD_STEPS + 1]
     step = COLD_STEPS + 1  # of the checkpoint; version 1 is sampled again, and version 2 was cut
@@ -259,7 +253,7 @@ def test_a_learner_killed_while_it_sampled_ahead_trains_on_every_group_once(
 ) -> None:
     server = both[0]
     config = vary(config, "rollout", buffer=BufferConfig(max_staleness=1))
-    hold_at(server, 90, tokens=17)  # the probes have 16
+    server.hold(tokens=17, call=90)  # the probes have 16
     # One is enough: the last of an evaluation's sampled responses has no other beside it.
     kill_learner(config, server, tmp_path, held=1, after=COLD_STEPS + 1)
     version = checkpoints(config.directory)[-1] - COLD_STEPS

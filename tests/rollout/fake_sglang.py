@@ -214,14 +214,20 @@ class FakeServer:
         with self._changed:
             self._faults.clear()
 
-    def hold(self, tokens: int) -> None:
-        """From now on no response gets further than this many sampled tokens."""
+    def hold(self, tokens: int, *, call: int = 0) -> None:
+        """No response gets further than this many sampled tokens, from that /generate on, or now.
+
+        Counted like requests, and before that one is sampled; those that got further stop too.
+        """
         with self._changed:
-            self._limit = tokens
+            if call:
+                self._hold_at = (call, tokens)
+            else:
+                self._limit = tokens
 
     def release(self) -> None:
         with self._changed:
-            self._limit = None
+            self._limit = self._hold_at = None
             self._changed.notify_all()
 
     def wait_held(self, count: int) -> None:
@@ -255,6 +261,7 @@ class FakeServer:
         self._label = self._reported = label  # of new tokens; in /model_info
         self._paused: str | None = None  # the mode
         self._limit: int | None = None
+        self._hold_at: tuple[int, int] | None = None  # (call, tokens)
         self._running: list[_Generation] = []
         self._rids: set[str] = set()
         self._stepping = 0
@@ -275,12 +282,15 @@ class FakeServer:
         """Log a request; returns the faults that befall it."""
         with self._changed:
             self.requests.append((path, body))
+            calls = sum(where == "/generate" for where, _ in self.requests)
+            if self._hold_at and calls == self._hold_at[0]:
+                self._limit = self._hold_at[1]
             self._changed.notify_all()
             befall = []
-            for fault, calls in self._faults:
+            for fault, count in self._faults:
                 if fault.path == path:
-                    calls[path] += 1
-                    if calls[path] in fault.calls:
+                    count[path] += 1
+                    if count[path] in fault.calls:
                         befall.append(fault)
             return befall
 

@@ -1,7 +1,7 @@
 """A Qwen3-MoE from Hugging Face, mathematics from a file, rollouts from SGLang servers: a template.
 
-    command    jaxrl-llm train configs/qwen3_moe.py --learner.mesh.fsdp 64   (all devices' product)
-    hardware   a TPU slice or GPUs for the learner, GPUs for the servers
+    command    jaxrl-llm train configs/qwen3_moe.py --learner.mesh.fsdp 8   (as many as devices)
+    hardware   one machine of TPUs or GPUs for the learner, GPU machines for the servers
     expect     README, "Rollouts from SGLang servers", from nothing to the first step
 
 Read from the environment:

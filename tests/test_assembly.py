@@ -25,7 +25,8 @@ from jaxrl_llm.sharding import MeshConfig, make_mesh
 from jaxrl_llm.stored import evaluate_checkpoint, newest_checkpoint
 from tests.learner.tiny import make_params
 from tests.model.test_hf import assert_same_bits
-from tests.rollout.fake_sglang import FakeServer, ModelSampler
+from tests.rollout.fake_samplers import ModelSampler
+from tests.rollout.fake_sglang import FakeServer
 from tests.tiny import saved_run, tiny_config, vary
 
 # -------------------------------------------------------------------------------- given weights

@@ -211,7 +211,7 @@ def kill_learner(
     """
     with learner(config, folder) as process:
         deadline = time.monotonic() + 300  # it may have everything to compile
-        while not (server.running >= held and all(g.held for g in server._running)):
+        while not server.only_held(held):
             assert process.poll() is None, (folder / "output").read_text()
             assert time.monotonic() < deadline, (folder / "output").read_text()
             time.sleep(0.01)

@@ -84,15 +84,16 @@ def engine(
     folder: Path,
     config: SGLangConfig = CONFIG,
     *,
+    learner: type[Learner] = Learner,
     routes: bool = True,
     journal: Journal | None = None,
 ) -> Iterator[SGLangEngine]:
-    """An engine without weights; closed at the end."""
+    """An engine without weights, whose learner writes below `folder`; closed at the end."""
     made = SGLangEngine(
         dataclasses.replace(config, servers=tuple(server.url for server in servers)),
         MODEL,
         lambda ids: " ".join(map(str, ids)),
-        learner=Learner(folder).side(),
+        learner=learner(folder).side(),
         routes=routes,
         journal=journal,
     )

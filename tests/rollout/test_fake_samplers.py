@@ -13,7 +13,8 @@ from jaxrl_llm.rollout import wire
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.types import SamplingParams
 from tests.rollout import engines
-from tests.rollout.fake_sglang import FakeServer, HashSampler, ModelSampler
+from tests.rollout.fake_samplers import HashSampler, ModelSampler
+from tests.rollout.fake_sglang import FakeServer
 
 MODEL = dataclasses.replace(
     engines.MODEL, moe=dataclasses.replace(engines.MODEL.moe, dense_layers=())

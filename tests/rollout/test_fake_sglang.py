@@ -16,7 +16,10 @@ import pytest
 
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from tests.rollout import fake_faults as faults
-from tests.rollout.fake_sglang import RECORDED, FakeServer, Fault, HashSampler, write_weights
+from tests.rollout.fake_faults import Fault
+from tests.rollout.fake_responses import RECORDED
+from tests.rollout.fake_samplers import HashSampler, write_weights
+from tests.rollout.fake_sglang import FakeServer
 
 # The recorded server's shape.
 MODEL = ModelConfig(vocab_size=512, num_layers=2, moe=MoEConfig(8, 2))

@@ -16,11 +16,11 @@ import pytest
 from jaxrl_llm.rollout.engine import EngineError, EngineFailure
 from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.rollout.servers import COUNTS
-from jaxrl_llm.rollout.sglang import SGLangConfig, SGLangEngine
+from jaxrl_llm.rollout.sglang import SGLangConfig
 from jaxrl_llm.types import NOT_SAMPLED, Prompt, SamplingParams
-from tests.rollout import fake_sglang
 from tests.rollout.engines import assert_same
 from tests.rollout.fake_faults import Fault
+from tests.rollout.fake_http import Refusal
 from tests.rollout.fake_sglang import FakeServer
 from tests.rollout.sglang_engines import (
     CONFIG,
@@ -343,17 +343,9 @@ def test_what_could_not_be_cleaned_up_is_an_event(server: FakeServer, tmp_path: 
             written = super().write(params, version)
             return dataclasses.replace(written, leftovers=("v0 could not be removed",))
 
-    made = SGLangEngine(
-        dataclasses.replace(CONFIG, servers=(server.url,)),
-        MODEL,
-        str,
-        learner=Untidy(tmp_path).side(),
-        routes=True,
-        journal=None,
-    )
-    made.publish("one", 0)
-    assert "v0 could not be removed" in made.report().events
-    made.close()
+    with engine([server], tmp_path, learner=Untidy) as made:
+        made.publish("one", 0)
+        assert "v0 could not be removed" in made.report().events
 
 
 # --- the journal
@@ -405,7 +397,7 @@ def test_the_api_key_is_sent_and_never_seen(
 
         def authorised(self, path: str, header: str | None) -> bool:
             if self.tells and path == "/generate":
-                raise fake_sglang._Refusal(500, {"error": {"message": f"got {header}"}})
+                raise Refusal(500, {"error": {"message": f"got {header}"}})
             return super().authorised(path, header)
 
     caplog.set_level(logging.DEBUG)

@@ -141,19 +141,11 @@ def test_weights_that_cannot_be_written_leave_the_servers_as_they_are(
                 raise ValueError("No space left on device")
             return super().write(params, version)
 
-    made = SGLangEngine(
-        dataclasses.replace(CONFIG, servers=(server.url,)),
-        MODEL,
-        str,
-        learner=Full(tmp_path).side(),
-        routes=True,
-        journal=None,
-    )
-    made.publish("one", 0)
-    with pytest.raises(ValueError, match="No space left"):
-        made.publish("two", 1)
-    check_sampled_by(rollouts(made.generate(requests(2))), "one", 0, tmp_path)
-    made.close()
+    with engine([server], tmp_path, learner=Full) as made:
+        made.publish("one", 0)
+        with pytest.raises(ValueError, match="No space left"):
+            made.publish("two", 1)
+        check_sampled_by(rollouts(made.generate(requests(2))), "one", 0, tmp_path)
 
 
 # --- never two updates at once, which would end the server
@@ -321,9 +313,8 @@ def test_a_server_that_comes_back_with_the_weights_it_had_is_seen_however_close_
         server.add(Fault(UPDATE, "status", calls=range(1, config.attempts + 1)))
         server.add(Fault(UPDATE, "keep_weights"))
         made.publish("two", 1)
-        server.wait_requests(
-            UPDATE, 1 + config.attempts + 2
-        )  # it was tried, found wrong, and tried
+        tries = 2  # the first found it wrong
+        server.wait_requests(UPDATE, 1 + config.attempts + tries)
         assert made.report().metrics["engine/servers"] == 1
         server.clear_faults()
         wait_until(lambda: made.report().metrics["engine/servers"] == 2)

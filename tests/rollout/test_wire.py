@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.types import NOT_SAMPLED, Prompt, RouteError, SamplingParams
 from tests.rollout.engines import assert_same
 from tests.rollout.fake_faults import encode_routes
-from tests.rollout.fake_sglang import RECORDED
+from tests.rollout.fake_responses import RECORDED
 from tests.test_alignment import TRACED
 
 # Of the recorded answers, and of those built here: its first layer is dense.

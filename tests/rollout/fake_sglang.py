@@ -76,7 +76,6 @@ class FakeServer:
         routes: bool = True,
         context: int = 2048,
         chunk: int = 1,
-        token_seconds: float = 0.0,
         info: dict[str, Any] | None = None,
     ) -> None:
         """Starts at once.
@@ -87,7 +86,6 @@ class FakeServer:
           routes: as with --enable-return-routed-experts.
           context: the longest prompt and response together, in tokens.
           chunk: tokens sampled between two looks at pauses, aborts and hold().
-          token_seconds: how long a token takes.
           info: overrides fields of /server_info and /model_info.
         """
         self.requests: list[tuple[str, Any]] = []  # path, body: everything that ever came
@@ -97,7 +95,6 @@ class FakeServer:
         self._routes = routes
         self._context = context
         self._chunk = chunk
-        self._token_seconds = token_seconds
         self._info = info or {}
         self._changed = threading.Condition()
         self._faults: list[tuple[Fault, collections.Counter[str]]] = []
@@ -394,7 +391,6 @@ class FakeServer:
         self._stepping += 1
         self._changed.release()
         try:
-            time.sleep(self._token_seconds)
             sampled = self._sampler.extend(
                 weights, generation.tokens, generation.sampling, min(self._chunk, limit - done)
             )

@@ -2,7 +2,7 @@
 
     command    bash launch/quickstart_sglang.sh
     hardware   2 cores, no accelerator, 6 GB of memory
-    expect     held-out accuracy from 30 % to 79 % in 5 minutes, most of them sampling
+    expect     held-out accuracy from 33 % to 80 % in 6 minutes, most of them sampling
 
 The model, the task and the cold start are those of quickstart.py. Rollouts come from the server
 over HTTP, in float32 (fp8 needs a GPU), with its log-probabilities and routes; each step publishes

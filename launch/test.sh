@@ -11,5 +11,6 @@ mypy
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.venv/jax_cache}"
 # The SGLang server that tests/sglang starts; quick where it is installed already.
 bash launch/sglang_cpu.sh --install
-# Two processes, each with whole files: what the tests of a file share is made once.
-exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+# Two processes, each with whole files: what the tests of a file share is made once. One that dies
+# ends the run: pytest-xdist 3.8 can wait for ever for the tests of one it has replaced.
+exec python -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --max-worker-restart 0 "$@"

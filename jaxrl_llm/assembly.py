@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
@@ -58,7 +57,7 @@ from jaxrl_llm.rollout.buffer import RolloutBuffer, UnderWay
 from jaxrl_llm.rollout.engine import Engine, EngineError
 from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.runlog import RunReader, RunWriter
-from jaxrl_llm.sharding import batch_sharding, make_mesh
+from jaxrl_llm.sharding import Layout, batch_sharding, make_layout
 from jaxrl_llm.types import Prompt, SamplingParams
 
 CHECKPOINTS, REFERENCE = "checkpoints", "reference"
@@ -96,7 +95,7 @@ class Job:
     """All that is made once."""
 
     config: RunConfig
-    mesh: Mesh
+    layout: Layout
     tokenizer: Tokenizer
     train: PromptSource
     heldout: tuple[Prompt, ...]
@@ -123,7 +122,9 @@ class Job:
     @property
     def row_length(self) -> int:
         """Positions of a row, S."""
-        return self.config.learner.row_length or self.config.rollout.max_length - 1
+        wanted = self.config.learner.row_length or self.config.rollout.max_length - 1
+        context = self.config.learner.mesh.context
+        return -(-wanted // context) * context
 
     def version(self, progress: Progress) -> int:
         """The weight version: finished RL steps."""
@@ -140,7 +141,7 @@ class Job:
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
         """The batch with its rows split over the mesh."""
-        return jax.device_put(batch, batch_sharding(self.mesh))
+        return jax.device_put(batch, batch_sharding(self.layout))
 
     def loss(self, progress: Progress) -> LossConfig:
         """The loss of the next update, tightened as often as the early warning did so."""
@@ -150,7 +151,7 @@ class Job:
     def train_step(self, progress: Progress) -> TrainStep:
         """The compiled update with that loss."""
         config = dataclasses.replace(self.config, loss=self.loss(progress))
-        return _train_step(_compiled(config), self.mesh)
+        return _train_step(_compiled(config), self.layout)
 
 
 def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
@@ -178,15 +179,15 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     heldout = heldout_prompts(config, tokenizer)
     _check_size(config, len(train))
     _check_length(config, heldout)
-    mesh = make_mesh(config.learner.mesh)
+    layout = make_layout(config.learner.mesh)
     cold_optimizer, optimizer = _optimizers(config)
     journal = make_journal(config)
-    engine = make_engine(config, tokenizer, heldout[0], mesh, journal, stack)
+    engine = make_engine(config, tokenizer, heldout[0], layout, journal, stack)
     log = stack.enter_context(RunWriter(config.directory, config.log))
     log.write_config(to_json(config))
     return Job(
         config=config,
-        mesh=mesh,
+        layout=layout,
         tokenizer=tokenizer,
         train=train,
         heldout=heldout,
@@ -196,7 +197,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=_steps(_compiled(config), mesh),
+        steps=_steps(_compiled(config), layout),
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
@@ -219,30 +220,30 @@ def _compiled(config: RunConfig) -> RunConfig:
 
 
 @functools.lru_cache(maxsize=4)
-def _train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
+def _train_step(config: RunConfig, layout: Layout) -> TrainStep:
     optimizer, temperature = _optimizers(config)[1], config.rollout.temperature
     return make_train_step(
-        config.model, config.learner, config.loss, optimizer, mesh, temperature=temperature
+        config.model, config.learner, config.loss, optimizer, layout, temperature=temperature
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _steps(config: RunConfig, mesh: Mesh) -> Steps:
+def _steps(config: RunConfig, layout: Layout) -> Steps:
     model, learner, temperature = config.model, config.learner, config.rollout.temperature
     cold_optimizer = _optimizers(config)[0]
     natural = dataclasses.replace(learner, mini_batches=1, replay="none", replay_gates=False)
     return Steps(
-        sft=make_sft_step(model, learner, config.loss, cold_optimizer, mesh),
-        score=make_score_step(model, learner, mesh, temperature=temperature),
-        score_reference=make_score_step(model, natural, mesh, temperature=temperature),
-        attribution=make_attribution(model, learner, mesh, temperature=temperature),
+        sft=make_sft_step(model, learner, config.loss, cold_optimizer, layout),
+        score=make_score_step(model, learner, layout, temperature=temperature),
+        score_reference=make_score_step(model, natural, layout, temperature=temperature),
+        attribution=make_attribution(model, learner, layout, temperature=temperature),
     )
 
 
 def resume(job: Job) -> Progress:
     """Where the run in job.config.directory had got, or its beginning if there is none."""
     config = job.config
-    abstract = abstract_state(config.model, job.optimizer, job.mesh)
+    abstract = abstract_state(config.model, job.optimizer, job.layout)
     checkpoint = restore(config.directory / CHECKPOINTS, abstract)
     if checkpoint is None:
         _check_log(config)
@@ -256,7 +257,7 @@ def resume(job: Job) -> Progress:
     job.log.resume(checkpoint.step)
     reference = None
     if config.loss.kl.coefficient and checkpoint.step >= config.cold_start.steps:
-        without_optimizer = abstract_state(config.model, None, job.mesh)
+        without_optimizer = abstract_state(config.model, None, job.layout)
         kept = restore(config.directory / REFERENCE, without_optimizer)
         if kept is None:
             raise CheckpointError(
@@ -276,13 +277,13 @@ def resume(job: Job) -> Progress:
 
 def _begin(job: Job) -> Progress:
     config = job.config
-    state = init_state(initial_params(config, job.mesh), job.cold_optimizer)
+    state = init_state(initial_params(config, job.layout), job.cold_optimizer)
     buffer = RolloutBuffer(config.rollout.buffer, drawn=config.cold_start.prompts)
     progress = Progress(0, state, buffer, WatchState(), None)
     return progress if config.cold_start.steps else start_rl(job, progress)
 
 
-def initial_params(config: RunConfig, mesh: Mesh) -> Params:
+def initial_params(config: RunConfig, layout: Layout) -> Params:
     """What training starts from: the weights of cold_start.weights, or random ones.
 
     Raises ValueError if that folder is not of this model, or is a publication with damaged files.
@@ -290,11 +291,11 @@ def initial_params(config: RunConfig, mesh: Mesh) -> Params:
     folder = config.cold_start.weights
     if not folder:
         key = jax.random.key(_seed(config, "weights") % 2**32)
-        return random_params(config.model, mesh, key)
+        return random_params(config.model, layout, key)
     _check_weights(config)
     if (Path(folder) / MANIFEST).exists():
         verify(folder)  # flipped bits are numbers too
-    return load_params(folder, config.model, mesh)
+    return load_params(folder, config.model, layout)
 
 
 def start_rl(job: Job, progress: Progress) -> Progress:

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import zlib
 
-from jax.sharding import Mesh
-
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import Tokenizer
 from jaxrl_llm.learner.probe import make_probe_score
@@ -21,6 +19,7 @@ from jaxrl_llm.rollout.engine import Engine, Request
 from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.rollout.sglang import LearnerSide, SGLangEngine
+from jaxrl_llm.sharding import Layout
 from jaxrl_llm.types import Prompt
 
 IN_FLIGHT = "in_flight"
@@ -44,7 +43,7 @@ def make_engine(
     config: RunConfig,
     tokenizer: Tokenizer,
     prompt: Prompt,
-    mesh: Mesh,
+    layout: Layout,
     journal: Journal | None,
     stack: contextlib.ExitStack,
 ) -> Engine:
@@ -52,7 +51,7 @@ def make_engine(
 
     Args:
       prompt: any real one; servers are probed with it.
-      mesh: of the learner.
+      layout: of the learner.
       journal: of make_journal, or None to keep nothing.
       stack: closes the engine, and then lets others publish where it does.
 
@@ -80,7 +79,7 @@ def make_engine(
     length = prompt.tokens.size + sampling.max_new_tokens
     learner = LearnerSide(
         write=publisher.publish,
-        score=make_probe_score(model, config.learner.compute, mesh, length=length),
+        score=make_probe_score(model, config.learner.compute, layout, length=length),
         probe=Request(prompt, 0, zlib.crc32(b"probe"), sampling),
     )
     engine = SGLangEngine(

@@ -119,7 +119,7 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     jax.tree.map(lambda leaf: leaf.delete(), progress.state)
     directory = job.config.directory / CHECKPOINTS
     checkpoint = restore(
-        directory, abstract_state(job.config.model, job.optimizer, job.mesh), max(good)
+        directory, abstract_state(job.config.model, job.optimizer, job.layout), max(good)
     )
     if checkpoint is None:
         raise CheckpointError(f"{directory} has vanished while the run went on; restore it")

@@ -1,27 +1,67 @@
-"""The device mesh and the table that says which of its axes splits which dimension.
+"""The device mesh, and the one table that says which of its axes splits which dimension.
 
 Parameters name their dimensions ("embed", "expert", ...); ShardingRules maps those names to mesh
-axes; the compiler does the rest. What it is not: a place where arrays are computed.
+axes. The mesh is explicit: the type of every array says how it is split, and a mismatch is an error
+while tracing, never a silent copy. The model computes inside jax.shard_map, on each device's share,
+and communicates only where it says so, through a Layout: whole() gathers the width of a parameter
+that is split to save memory, total() adds what the devices of an axis have computed.
+
+An axis of size 1 appears in no type and costs nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "expert", "tensor")
-"""All mesh axes. They always exist; most have size 1."""
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""All mesh axes, in the order of the devices: the last one's talk most and should be neighbours."""
 
-BATCH_AXES = ("data", "fsdp")
-"""The axes over which rows of a batch are split."""
+BATCH_AXES = ("data", "fsdp", "expert")
+"""The axes over which the rows of a batch are split."""
+
+TOKEN_AXES = (*BATCH_AXES, "context")
+"""The axes whose devices have different tokens: rows, and under "context" positions of a row."""
 
 LogicalNames = tuple[str | None, ...]
-"""The name of every dimension of an array; None for one that is never split."""
+"""The name of every dimension of a parameter; None for one that is never split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Dimension name of a parameter -> mesh axes that split it."""
+
+    # Fully sharded data parallelism: split to save memory, gathered when a layer needs it.
+    embed: tuple[str, ...] = ("fsdp", "expert", "context")  # model width, outside of experts
+    expert_embed: tuple[str, ...] = ("fsdp", "context")  # model width, in an expert
+    # Computed in shares, which are then added up or exchanged.
+    heads: tuple[str, ...] = ("tensor",)  # heads x head size, of queries, keys and values
+    mlp: tuple[str, ...] = ("tensor",)  # width inside an MLP or an expert
+    vocab: tuple[str, ...] = ("tensor",)  # rows of the embedding, columns of the head
+    expert: tuple[str, ...] = ("expert",)  # experts of one layer
+    layers: tuple[str, ...] = ()  # the stacking axis of the layer scan
+
+    def __post_init__(self) -> None:
+        possible: dict[str, tuple[str, ...]] = {
+            "embed": TOKEN_AXES,
+            "expert_embed": TOKEN_AXES,
+            "heads": ("tensor",),
+            "mlp": ("tensor",),
+            "vocab": ("tensor",),
+            "expert": ("expert",),
+            "layers": (),
+        }
+        for name, axes in vars(self).items():
+            wrong = sorted(set(axes) - set(possible[name]))
+            if wrong:
+                raise ValueError(
+                    f"rule {name} names mesh axes {wrong}; it can be split over {possible[name]}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,46 +70,130 @@ class MeshConfig:
 
     data: int = 1  # copies of the model, each on its share of the rows
     fsdp: int = 1  # shares of rows whose devices also split the parameters among them
-    expert: int = 1  # shares of the experts of a layer
+    expert: int = 1  # shares of rows whose devices also split a layer's experts among them
+    context: int = 1  # shares of the positions of a row, for long rows
     tensor: int = 1  # shares of attention heads, MLP width and vocabulary
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)  # what splits what
 
     def __post_init__(self) -> None:
         for axis in AXES:
-            size = dataclasses.asdict(self)[axis]
-            if size < 1:
-                raise ValueError(f"mesh axis {axis} is {size}; use 1 to leave it unsplit")
+            if vars(self)[axis] < 1:
+                raise ValueError(
+                    f"mesh axis {axis} is {vars(self)[axis]}; use 1 to leave it unsplit"
+                )
+
+    @property
+    def rows(self) -> int:
+        """The shares into which the rows of a batch are split."""
+        return self.data * self.fsdp * self.expert
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardingRules:
-    """Logical dimension name -> mesh axes that split it. Vary it with dataclasses.replace."""
+class Layout:
+    """A mesh and the rules of what it splits; static under jit. Without a mesh: one device.
 
-    batch: tuple[str, ...] = BATCH_AXES  # rows
-    embed: tuple[str, ...] = ("fsdp",)  # model width, in parameters only
-    heads: tuple[str, ...] = ("tensor",)  # query heads x head size
-    kv_heads: tuple[str, ...] = ("tensor",)  # key or value heads x head size
-    mlp: tuple[str, ...] = ("tensor",)  # width inside an MLP or an expert
-    expert: tuple[str, ...] = ("expert",)  # experts of one layer
-    vocab: tuple[str, ...] = ("tensor",)  # rows of the embedding, columns of the head
-    layers: tuple[str, ...] = ()  # the stacking axis of the layer scan
+    whole(), total(), share() and vary() are for code inside shard().
+    """
 
-    def __post_init__(self) -> None:
-        for name, axes in dataclasses.asdict(self).items():
-            unknown = sorted(set(axes) - set(AXES))
-            if unknown:
-                raise ValueError(f"rule {name} names mesh axes {unknown}; they are {AXES}")
+    mesh: Mesh | None = None  # with all of AXES
+    rules: ShardingRules = ShardingRules()
+
+    @property
+    def platform(self) -> str:
+        """Of its devices, which need not be here: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    def split(self, axes: Sequence[str]) -> tuple[str, ...]:
+        """Those of these mesh axes that have more than one device."""
+        return () if self.mesh is None else tuple(a for a in axes if self.mesh.shape[a] > 1)
+
+    def size(self, axes: Sequence[str]) -> int:
+        """Into how many shares these mesh axes split a dimension."""
+        return math.prod(self.mesh.shape[axis] for axis in self.split(axes)) if self.mesh else 1
+
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """The mesh axes, of more than one device, that split a dimension of this name."""
+        table: dict[str, tuple[str, ...]] = vars(self.rules)
+        if name is not None and name not in table:
+            raise ValueError(f"no sharding rule for dimension {name!r}; names are {sorted(table)}")
+        return () if name is None else self.split(table[name])
+
+    def spec(self, names: LogicalNames) -> PartitionSpec:
+        """The PartitionSpec of a parameter whose dimensions have these names.
+
+        Raises ValueError for a name without a rule, and for a mesh axis that would split two
+        dimensions.
+        """
+        used = [axis for name in names for axis in self.axes(name)]
+        twice = sorted({axis for axis in used if used.count(axis) > 1})
+        if twice:
+            raise ValueError(
+                f"mesh axes {twice} would split two dimensions of {names}; "
+                "change one of their rules"
+            )
+        return PartitionSpec(*(self.axes(name) or None for name in names))
+
+    @property
+    def tokens(self) -> PartitionSpec:
+        """Of arrays [B, S, ...]: rows and positions are split."""
+        return PartitionSpec(self.split(BATCH_AXES) or None, self.split(("context",)) or None)
+
+    def shard(self, function: Callable[..., Any], inward: Any, outward: Any) -> Callable[..., Any]:
+        """The function applied to each device's share; the function itself without a mesh.
+
+        inward, outward: a PartitionSpec for every argument and for the result, as of shard_map.
+        """
+        if self.mesh is None:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=inward, out_specs=outward)
+
+    def vary(self, tree: Any, axes: Sequence[str]) -> Any:
+        """The same values, typed as different on the devices of these axes.
+
+        Where a value that devices share meets one that they do not, the gradient is summed over
+        them: at this place, rather than where JAX would find that it has to be.
+        """
+
+        def one(x: jax.Array) -> jax.Array:
+            missing = tuple(axis for axis in self.split(axes) if axis not in varying(x))
+            return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+        return jax.tree.map(one, tree)
+
+    def whole(self, x: jax.Array, names: LogicalNames) -> jax.Array:
+        """A parameter's share with its model width gathered; its gradient is scattered back."""
+        x = self.vary(x, TOKEN_AXES)
+        for dimension, name in enumerate(names):
+            if name in ("embed", "expert_embed") and (axes := self.axes(name)):
+                x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+        return x
+
+    def total(self, x: jax.Array, name: str) -> jax.Array:
+        """The sum of x over the devices that split a dimension of this name."""
+        axes = self.axes(name)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def share(self, name: str) -> jax.Array | int:
+        """Which share of a dimension of this name this device has, from 0."""
+        axes = self.axes(name)
+        return jax.lax.axis_index(axes) if axes else 0
 
 
-DEFAULT_RULES = ShardingRules()
+ONE_DEVICE = Layout()
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of AXES, on `devices` or on the first of jax.devices().
+def varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes on whose devices x is typed as different, inside Layout.shard()."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh of a config, with all of AXES, on `devices` or on the first of jax.devices().
 
     A job of several processes must use every device, or some of them would have no work and hang.
     """
-    shape = tuple(dataclasses.asdict(config)[axis] for axis in AXES)
-    wanted = config.data * config.fsdp * config.expert * config.tensor
+    shape = tuple(vars(config)[axis] for axis in AXES)
+    wanted = math.prod(shape)
     available = jax.devices() if devices is None else list(devices)
     uneven = jax.process_count() > 1 and wanted != len(available)
     if wanted > len(available) or uneven:
@@ -78,37 +202,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    automatic = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, automatic, devices=available[:wanted])
+    explicit = (AxisType.Explicit,) * len(AXES)
+    mesh = jax.make_mesh(shape, AXES, explicit, devices=available[:wanted])
+    return Layout(mesh, config.rules)
 
 
-def spec(names: LogicalNames, rules: ShardingRules = DEFAULT_RULES) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these names.
+def batch_sharding(layout: Layout) -> NamedSharding:
+    """The sharding of every leaf of a TrainBatch: rows and positions split, all else whole."""
+    assert layout.mesh is not None, "a batch without a mesh is just an array"
+    return NamedSharding(layout.mesh, layout.tokens)
 
-    Raises ValueError for a name without a rule and for a mesh axis that would split two dimensions.
+
+def replicated(layout: Layout) -> NamedSharding:
+    """The sharding of what every device has whole."""
+    assert layout.mesh is not None, "an array without a mesh is on one device"
+    return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callable[..., Any]:
+    """A function written for whole arrays, on arrays that are split; its results get `outward`.
+
+    The compiler finds the communication. For losses and metrics, which are pure functions of arrays
+    with a number or two per token; not for the model.
     """
-    table: dict[str, tuple[str, ...]] = dataclasses.asdict(rules)
-    unknown = [name for name in names if name is not None and name not in table]
-    if unknown:
-        raise ValueError(f"no sharding rule for dimensions {unknown}; names are {sorted(table)}")
-    entries = [() if name is None else table[name] for name in names]
-    used = [axis for axes in entries for axis in axes]
-    twice = sorted({axis for axis in used if used.count(axis) > 1})
-    if twice:
-        raise ValueError(
-            f"mesh axes {twice} would split two dimensions of {names}; change one of their rules"
-        )
-    return PartitionSpec(*(axes or None for axes in entries))
+    return jax.sharding.auto_axes(function, axes=AXES, out_sharding=outward)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of every leaf of a TrainBatch: rows split, all else whole."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
-def parameter_shardings(
-    shapes: Any, axes: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES
-) -> Any:
+def parameter_shardings(shapes: Any, axes: Any, layout: Layout) -> Any:
     """A NamedSharding for every parameter.
 
     Args:
@@ -119,16 +239,15 @@ def parameter_shardings(
     """
 
     def one(path: tuple[Any, ...], shape: Any, names: LogicalNames) -> NamedSharding:
-        partition = spec(names, rules)
-        for index, entry in enumerate(partition):
-            split = (entry,) if isinstance(entry, str) else entry or ()
-            parts = math.prod(mesh.shape[axis] for axis in split)
-            if shape.shape[index] % parts:
+        assert layout.mesh is not None, "parameters without a mesh have no sharding"
+        for index, name in enumerate(names):
+            split = layout.axes(name)
+            if shape.shape[index] % layout.size(split):
                 raise ValueError(
-                    f"parameter {jax.tree_util.keystr(path)}: dimension {index} ({names[index]}) "
+                    f"parameter {jax.tree_util.keystr(path)}: dimension {index} ({name}) "
                     f"of size {shape.shape[index]} does not divide over mesh axes {split} of "
-                    f"size {parts}; choose a size of those axes that divides it"
+                    f"size {layout.size(split)}; choose a size of those axes that divides it"
                 )
-        return NamedSharding(mesh, partition)
+        return NamedSharding(layout.mesh, layout.spec(names))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)

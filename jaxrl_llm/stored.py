@@ -19,7 +19,7 @@ from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.checkpoint import Checkpoint, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.lock import locked
-from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.sharding import make_layout
 
 
 def stored_config(run_dir: Path) -> RunConfig:
@@ -30,7 +30,7 @@ def stored_config(run_dir: Path) -> RunConfig:
 
 def newest_checkpoint(config: RunConfig) -> Checkpoint:
     """Of the run in config.directory, without optimizer state; ValueError where there is none."""
-    abstract = abstract_state(config.model, None, make_mesh(config.learner.mesh))
+    abstract = abstract_state(config.model, None, make_layout(config.learner.mesh))
     checkpoint = restore(config.directory / CHECKPOINTS, abstract)
     if checkpoint is None:
         raise ValueError(f"{config.directory} has no checkpoint yet; let the run make one first")
@@ -64,12 +64,12 @@ def evaluate_checkpoint(
     checkpoint = newest_checkpoint(config)
     tokenizer = make_tokenizer(config.task.tokenizer)
     heldout = heldout_prompts(config, tokenizer)
-    mesh = make_mesh(config.learner.mesh)
+    layout = make_layout(config.learner.mesh)
     with contextlib.ExitStack() as stack:
         if config.rollout.sglang.servers:
             # A run that goes on would find other weights on its servers than it put there.
             stack.enter_context(locked(config.directory, ENDED))
-        engine = make_engine(config, tokenizer, heldout[0], mesh, None, stack)
+        engine = make_engine(config, tokenizer, heldout[0], layout, None, stack)
         # As the run called them, so that a publication which is still there serves again.
         version = max(0, checkpoint.step - config.cold_start.steps)
         engine.publish(checkpoint.state.params, version)

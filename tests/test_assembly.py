@@ -21,7 +21,7 @@ from jaxrl_llm.model import hf
 from jaxrl_llm.model.hf_config import config_json, read_model_config
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from jaxrl_llm.stored import evaluate_checkpoint, newest_checkpoint
 from tests.learner.tiny import make_params
 from tests.model.test_hf import assert_same_bits
@@ -58,10 +58,10 @@ def test_training_starts_from_exactly_these_weights(
     folder, params = weights
     config = starting_from(folder, tmp_path / "run")
     optimizer = make_optimizer(config.cold_start.optimizer, config.cold_start.steps)
-    state = init_state(initial_params(config, make_mesh(mesh)), optimizer)
+    state = init_state(initial_params(config, make_layout(mesh)), optimizer)
     assert_same_bits(state.params, params)
     # The rest is what random weights start with: step 0, no momentum, every array in its place.
-    wanted = abstract_state(config.model, optimizer, make_mesh(mesh))
+    wanted = abstract_state(config.model, optimizer, make_layout(mesh))
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     assert shardings_of(state.params) == shardings_of(wanted.params)
     assert shardings_of(state.opt_state) == shardings_of(wanted.opt_state)
@@ -76,7 +76,7 @@ def test_weights_of_another_model_are_refused_setting_by_setting(
     moe = dataclasses.replace(config.model.moe, num_experts=6, normalize_weights=False)
     config = vary(config, "model", num_layers=3, rope_theta=1e4, moe=moe)
     with pytest.raises(ValueError, match=r"^cold_start\.weights is ") as error:
-        initial_params(config, make_mesh(MeshConfig()))
+        initial_params(config, make_layout(MeshConfig()))
     assert str(error.value) == (
         f"cold_start.weights is {str(weights[0])!r}, a model with other settings ("
         "model.moe.normalize_weights: True != False; model.moe.num_experts: 4 != 6; "
@@ -84,7 +84,7 @@ def test_weights_of_another_model_are_refused_setting_by_setting(
         "set model to read_model_config of that folder"
     )
     read = dataclasses.replace(config, model=read_model_config(weights[0]))
-    assert_same_bits(initial_params(read, make_mesh(MeshConfig())), weights[1])
+    assert_same_bits(initial_params(read, make_layout(MeshConfig())), weights[1])
 
 
 def assembled(config: RunConfig) -> None:
@@ -98,7 +98,7 @@ def test_absent_weights_are_refused_before_the_run_directory_is_taken(
     """So that the corrected setting is no other experiment than the one in the directory."""
     absent = starting_from(tmp_path / "nowhere", tmp_path / "run")
     with pytest.raises(ValueError, match=r"^cold_start\.weights is '.*/nowhere': .*config\.json"):
-        initial_params(absent, make_mesh(MeshConfig()))
+        initial_params(absent, make_layout(MeshConfig()))
     with pytest.raises(ValueError, match=r"give a Hugging Face checkpoint's folder"):
         assembled(absent)
     found = starting_from(weights[0], tmp_path / "run")
@@ -121,7 +121,7 @@ def test_a_publication_is_checked_before_it_is_started_from(tmp_path: Path) -> N
     )
     published = Path(writer.publish(make_params(model, seed=1), 3).path)
     config = starting_from(published, tmp_path / "run")
-    mesh = make_mesh(MeshConfig())
+    mesh = make_layout(MeshConfig())
     assert_same_bits(initial_params(config, mesh), make_params(model, seed=1))
     (file,) = published.glob("*.safetensors")
     content = bytearray(file.read_bytes())
@@ -241,7 +241,7 @@ def test_servers_sample_with_the_weights_of_the_checkpoint(
     # Prompts once each, greedily once each, and the probe, whose answer proved the weights.
     assert len(sampled) == 2 + 2 + 1
     published = hf.load_params(
-        asked[update][1]["model_path"], config.model, make_mesh(MeshConfig())
+        asked[update][1]["model_path"], config.model, make_layout(MeshConfig())
     )
     assert_same_bits(published, params)
     with locked(config.directory, ""):

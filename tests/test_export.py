@@ -26,7 +26,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf_config import Dtype, read_model_config
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.model.test_hf import assert_same_bits
 from tests.tiny import saved_run, tiny_config, vary
 
@@ -35,7 +35,7 @@ WEIGHTS = ("config.json", "model-00001-of-00001.safetensors", "model.safetensors
 
 def load(folder: Path, model: ModelConfig) -> Params:
     assert read_model_config(folder) == model
-    return hf.load_params(folder, model, make_mesh(MeshConfig()))
+    return hf.load_params(folder, model, make_layout(MeshConfig()))
 
 
 def rounded(params: Params) -> Params:
@@ -107,7 +107,7 @@ def test_a_config_is_exported_as_its_run_starts(
     assert "the initial weights in bfloat16" in said
     assert "SGLang" not in said
     config = dataclasses.replace(tiny_config(tmp_path / "run"), seed=3)
-    start = initial_params(config, make_mesh(MeshConfig()))
+    start = initial_params(config, make_layout(MeshConfig()))
     assert_same_bits(load(tmp_path / "x", config.model), rounded(start))
     assert not (tmp_path / "run").exists()
 
@@ -134,7 +134,7 @@ def test_a_folder_that_a_run_starts_from_comes_back_byte_for_byte(
     config, params = run
     export_policy(config.directory, tmp_path / "x", "float32")
     start = vary(config, "cold_start", weights=str(tmp_path / "x"))
-    assert_same_bits(initial_params(start, make_mesh(MeshConfig())), params)
+    assert_same_bits(initial_params(start, make_layout(MeshConfig())), params)
     export_policy(start, tmp_path / "y", "float32")
     for name in WEIGHTS:
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes(), name

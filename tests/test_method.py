@@ -22,7 +22,7 @@ from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.local import LocalEngine, LocalEngineConfig
 from jaxrl_llm.rollout.precision import Precision
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from jaxrl_llm.types import Prompt, Rollout, SamplingParams
 
 MODEL = ModelConfig(
@@ -38,7 +38,7 @@ LEARNER = LearnerConfig(mini_batches=2, replay="r3")
 
 def sampled_batch(precision: Precision):
     """Weights, and a batch that an engine of this precision sampled from them, advantages ±1."""
-    mesh = make_mesh(MeshConfig())
+    mesh = make_layout(MeshConfig())
     optimizer = make_optimizer(OptimizerConfig(), 10)
     state = init_state(random_params(MODEL, mesh, jax.random.key(3)), optimizer)
     tokenizer = make_tokenizer(TokenizerConfig())

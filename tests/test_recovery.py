@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Request
 from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.runlog import StepRecord
-from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.sharding import make_layout
 from jaxrl_llm.types import Rollout
 from tests.test_loop import logged, run
 from tests.tiny import COLD_STEPS, even_lengths, tiny_config, vary
@@ -83,7 +83,7 @@ def events(config: RunConfig) -> list[dict]:
 def saved(config: RunConfig, step: int) -> tuple[Params, Any]:
     """Parameters and optimizer state of the checkpoint of a step."""
     optimizer = make_optimizer(config.learner.optimizer, STEPS * config.learner.mini_batches)
-    abstract = abstract_state(config.model, optimizer, make_mesh(config.learner.mesh))
+    abstract = abstract_state(config.model, optimizer, make_layout(config.learner.mesh))
     checkpoint = restore(config.directory / CHECKPOINTS, abstract, step)
     assert checkpoint is not None
     return checkpoint.state.params, checkpoint.state.opt_state

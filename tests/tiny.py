@@ -28,7 +28,7 @@ from jaxrl_llm.learner.step import LearnerConfig
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.local import LocalEngineConfig
-from jaxrl_llm.sharding import make_mesh
+from jaxrl_llm.sharding import make_layout
 from tests.learner.tiny import make_params
 
 COLD_STEPS, RL_STEPS = 3, 4
@@ -76,7 +76,7 @@ def vary(config: RunConfig, part: str, **settings: object) -> RunConfig:
 
 def saved_run(config: RunConfig, *steps: int) -> Params:
     """Leave a run directory with checkpoints of random weights; returns those of the last step."""
-    mesh, optimizer = make_mesh(config.learner.mesh), make_optimizer(config.learner.optimizer, 1)
+    mesh, optimizer = make_layout(config.learner.mesh), make_optimizer(config.learner.optimizer, 1)
     shardings = shardings_of(abstract_params(config.model, mesh))
     params: Params = {}
     config.directory.mkdir(parents=True)

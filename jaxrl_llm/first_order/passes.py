@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.arrays import NO_ROUTE, Array, LossOutput, ReplayedRoutes, TrainBatch
-from jaxrl_llm.learner.state import abstract_params, shardings_of
 from jaxrl_llm.learner.step import make_policy
 from jaxrl_llm.learner.update import accumulate_gradients, join_rows, split_rows
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
@@ -28,7 +27,7 @@ from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.decode import empty_cache, extend
 from jaxrl_llm.rollout.precision import Numerics, pack_weights
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 
 
 @jax.tree_util.register_dataclass
@@ -73,9 +72,8 @@ def make_passes(
 
     Asked again for the same settings it returns the same functions, compiled as they are.
     """
-    mesh = make_mesh(MeshConfig())
-    policy = make_policy(model, compute, mesh, temperature=temperature)
-    shardings = shardings_of(abstract_params(model, mesh))
+    layout = make_layout(MeshConfig())
+    policy = make_policy(model, compute, layout, temperature=temperature)
 
     def score_part(params: Params, batch: TrainBatch) -> Scores:
         logprobs, entropy, router = policy(params, batch, _replayed(batch))
@@ -93,7 +91,7 @@ def make_passes(
 
     def gradient(objective: Any, params: Params, tree: Any) -> tuple[Array, Params]:
         parts = _split(tree, rows)
-        grads, output = accumulate_gradients(objective, params, parts, shardings=shardings)
+        grads, output = accumulate_gradients(objective, params, parts)
         return output.loss, grads
 
     return Passes(

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import NO_ROUTE, Array, Mean, ReplayedRoutes, TrainBatch
 from jaxrl_llm.learner.state import abstract_params, shardings_of
@@ -22,7 +21,7 @@ from jaxrl_llm.learner.step import LearnerConfig, Policy, make_policy
 from jaxrl_llm.losses.attribution import Passes, attribute
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.sharding import batch_sharding
+from jaxrl_llm.sharding import BATCH_AXES, Layout, batch_sharding, partitioned, replicated
 
 RunPolicy = Callable[[Params, TrainBatch, ReplayedRoutes | None], Policy]
 
@@ -46,7 +45,7 @@ class Attribution(NamedTuple):
 
 
 def make_attribution(
-    model: ModelConfig, learner: LearnerConfig, mesh: Mesh, *, temperature: float, rows: int = 0
+    model: ModelConfig, learner: LearnerConfig, layout: Layout, *, temperature: float, rows: int = 0
 ) -> Attribution:
     """The jitted before(params_old, batch) and after(params, old_passes) -> metrics.
 
@@ -58,7 +57,7 @@ def make_attribution(
     Args:
       model: of the policy.
       learner: its compute settings and micro_batches are read.
-      mesh: rows are split over its data and fsdp axes.
+      layout: how rows and positions are split.
       temperature: of sampling.
       rows: how many rows to score, spread evenly over the mini-batch, rounded up to what divides
         over the devices; 0 is one micro-batch.
@@ -73,20 +72,23 @@ def make_attribution(
     """
     if rows < 0:
         raise ValueError(f"rows is {rows}; give the rows to score, or 0 for one micro-batch")
-    policy = make_policy(model, learner.compute, mesh, temperature=temperature)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    policy = make_policy(model, learner.compute, layout, temperature=temperature)
+    devices = layout.size(BATCH_AXES)
 
     def before(params: Params, batch: TrainBatch) -> OldPasses:
         whole = batch.inputs.shape[0]
         wanted = -(-rows // devices) * devices if rows else whole // learner.micro_batches
-        return _old_passes(policy, params, _spread_rows(batch, min(wanted, whole)))
+        spread = partitioned(partial(_spread_rows, rows=min(wanted, whole)), by_rows)
+        return _old_passes(policy, params, spread(batch))
 
-    by_rows = batch_sharding(mesh)
-    params = shardings_of(abstract_params(model, mesh))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    def after(params: Params, old: OldPasses) -> dict[str, Mean]:
+        return partitioned(_measured, replicated(layout))(_passes(policy, params, old), old.batch)
+
+    by_rows = batch_sharding(layout)
+    params = shardings_of(abstract_params(model, layout))
     return Attribution(
         jax.jit(before, in_shardings=(params, by_rows), out_shardings=by_rows),
-        jax.jit(partial(_split, policy), in_shardings=(params, by_rows), out_shardings=everywhere),
+        jax.jit(after, in_shardings=(params, by_rows), out_shardings=replicated(layout)),
     )
 
 
@@ -99,19 +101,26 @@ def _old_passes(policy: RunPolicy, params: Params, batch: TrainBatch) -> OldPass
     return OldPasses(batch, natural, routes, r3)
 
 
-def _split(policy: RunPolicy, params: Params, old: OldPasses) -> dict[str, Mean]:
-    """The passes of pi, and the metrics of all passes."""
-    batch, mask = old.batch, old.batch.loss_mask
+def _passes(policy: RunPolicy, params: Params, old: OldPasses) -> Passes:
+    """Those of pi_old and those of pi."""
+    batch = old.batch
     natural = policy(params, batch, None).logprobs
     r2 = policy(params, batch, ReplayedRoutes(old.routes)).logprobs
     passes = Passes(batch.sampler_logprobs, old.natural, natural, r2)
     if batch.routes is None:
-        return attribute(passes, mask)
+        return passes
     r3 = policy(params, batch, ReplayedRoutes(batch.routes)).logprobs
+    return passes._replace(old_r3=old.r3, r3=r3)
+
+
+def _measured(passes: Passes, batch: TrainBatch) -> dict[str, Mean]:
+    mask = batch.loss_mask
+    if batch.routes is None:
+        return attribute(passes, mask)
     routed = mask & jnp.all(batch.routes != NO_ROUTE, axis=(2, 3))
-    metrics = attribute(passes._replace(old_r3=old.r3, r3=r3), routed)
     unrouted = jnp.sum((mask & ~routed).astype(jnp.float32))
-    return metrics | {"attribution/unrouted_tokens": Mean(unrouted, jnp.ones_like(unrouted))}
+    counted = {"attribution/unrouted_tokens": Mean(unrouted, jnp.ones_like(unrouted))}
+    return attribute(passes, routed) | counted
 
 
 def _spread_rows(batch: TrainBatch, rows: int) -> TrainBatch:

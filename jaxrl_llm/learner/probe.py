@@ -10,15 +10,13 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import NO_ROUTE, Array, ReplayedRoutes
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
-from jaxrl_llm.sharding import batch_sharding
+from jaxrl_llm.sharding import BATCH_AXES, Layout, batch_sharding, replicated
 
 ProbeScore = Callable[[Params, np.ndarray, np.ndarray | None, float], np.ndarray]
 """(parameters, tokens i32[T], routes int16[S, L, K] or None, temperature) -> f32[S].
@@ -28,7 +26,7 @@ Log-probabilities of tokens[1:] in nats.
 
 
 def make_probe_score(
-    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, length: int
+    model: ModelConfig, compute: ComputeConfig, layout: Layout, *, length: int
 ) -> ProbeScore:
     """A scorer of single sequences of at most `length` tokens.
 
@@ -38,20 +36,22 @@ def make_probe_score(
 
     It compiles once for each temperature. Raises ValueError for a longer sequence.
     """
-    forward = make_forward(model, compute, mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]  # copies of the sequence: rows must split
+    forward = make_forward(model, compute, layout)
+    rows = layout.size(BATCH_AXES)  # copies of the sequence: rows must split
 
-    @partial(jax.jit, static_argnames="temperature")
+    width = -(-(length - 1) // layout.size(("context",))) * layout.size(("context",))
+
+    @partial(jax.jit, static_argnames="temperature", out_shardings=replicated(layout))
     def score(
         params: Params,
-        tokens: Array,
+        inputs: Array,
+        targets: Array,
+        positions: Array,
         segment_ids: Array,
         replayed: ReplayedRoutes | None,
         *,
         temperature: float,
     ) -> Array:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        positions = jnp.broadcast_to(jnp.arange(length - 1), inputs.shape)
         output = forward(params, inputs, positions, segment_ids, replayed)
         logprobs, _ = token_logprobs(
             output.hidden,
@@ -59,25 +59,32 @@ def make_probe_score(
             targets,
             temperature=temperature,
             chunk=compute.logprob_chunk,
+            layout=layout,
         )
-        return logprobs[0]
+        return logprobs
 
     def probe(
         params: Params, tokens: np.ndarray, routes: np.ndarray | None, temperature: float
     ) -> np.ndarray:
         if not 2 <= tokens.size <= length:
             raise ValueError(f"the probe has {tokens.size} tokens; it may have 2 to {length}")
-        positions = tokens.size - 1
-        padded = np.zeros((rows, length), np.int32)
-        padded[:, : tokens.size] = tokens
-        segment_ids = np.zeros((rows, length - 1), np.int32)
-        segment_ids[:, :positions] = 1
-        replayed = None
-        if routes is not None:
-            experts = np.full((rows, length - 1, *routes.shape[1:]), NO_ROUTE, np.int16)
-            experts[:, :positions] = routes
-            replayed = ReplayedRoutes(jax.device_put(experts, batch_sharding(mesh)))
-        split = jax.device_put((padded, segment_ids), batch_sharding(mesh))
-        return np.asarray(score(params, *split, replayed, temperature=temperature))[:positions]
+        count, row = tokens.size - 1, partial(_in_every_row, (rows, width), layout)
+        logprobs = score(
+            params,
+            row(tokens[:-1], 0),
+            row(tokens[1:], 0),
+            row(np.arange(count, dtype=np.int32), 0),
+            row(np.ones(count, np.int32), 0),
+            None if routes is None else ReplayedRoutes(row(routes, NO_ROUTE)),
+            temperature=temperature,
+        )
+        return np.asarray(logprobs)[0, :count]
 
     return probe
+
+
+def _in_every_row(shape: tuple[int, int], layout: Layout, values: np.ndarray, fill: int) -> Array:
+    """values[S, ...] at the front of every row of an array [*shape, ...] on the devices."""
+    whole = np.full((*shape, *values.shape[1:]), fill, values.dtype)
+    whole[:, : len(values)] = values
+    return jax.device_put(whole, batch_sharding(layout))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import Metrics, TrainBatch
 from jaxrl_llm.learner.state import Optimizer, TrainState
@@ -19,13 +18,18 @@ from jaxrl_llm.losses.clipping import ClipConfig
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.losses.weights import ImportanceConfig
 from jaxrl_llm.model.config import ModelConfig
+from jaxrl_llm.sharding import Layout
 
 METRICS = ("policy/entropy", "router/z_loss", "router/balance_loss")
 """Of the policy loss's metrics, those that mean something without a sampler."""
 
 
 def make_sft_step(
-    model: ModelConfig, learner: LearnerConfig, loss: LossConfig, optimizer: Optimizer, mesh: Mesh
+    model: ModelConfig,
+    learner: LearnerConfig,
+    loss: LossConfig,
+    optimizer: Optimizer,
+    layout: Layout,
 ) -> TrainStep:
     """The jitted sft(state, batch) -> (state, metrics): one update, `state` donated.
 
@@ -34,7 +38,7 @@ def make_sft_step(
       learner: micro_batches and compute are read.
       loss: the router coefficients are read.
       optimizer: of the cold start.
-      mesh: with all axes of sharding.AXES.
+      layout: the mesh, and what it splits.
 
     batch.loss_mask says which targets to learn; advantages, routes and log-probabilities are not
     read. learner/loss is the mean cross entropy in nats, plus the router losses.
@@ -49,7 +53,7 @@ def make_sft_step(
     alone = dataclasses.replace(
         learner, mini_batches=1, replay="none", replay_gates=False, old_logprobs="none"
     )
-    gradient = make_gradient(model, alone, supervised, mesh, temperature=1.0)
+    gradient = make_gradient(model, alone, supervised, layout, temperature=1.0)
 
     def sft(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         batch = dataclasses.replace(
@@ -63,4 +67,4 @@ def make_sft_step(
         state, metrics = apply_gradients(state, grads, output.loss, optimizer)
         return state, {name: output.metrics[name] for name in METRICS} | metrics
 
-    return jit_update(sft, model, optimizer, mesh)
+    return jit_update(sft, model, optimizer, layout)

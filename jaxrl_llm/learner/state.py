@@ -13,12 +13,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import Array
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.transformer import Params, init_params, parameter_axes
-from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.sharding import Layout, parameter_shardings, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -100,20 +100,20 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     return Optimizer(transform, schedule)
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
+def abstract_params(config: ModelConfig, layout: Layout) -> Params:
     """The parameters of a model, with jax.ShapeDtypeStruct and its sharding for every leaf."""
     shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    shardings = parameter_shardings(shapes, parameter_axes(config), mesh)
+    shardings = parameter_shardings(shapes, parameter_axes(config), layout)
     return jax.tree.map(_struct, shapes, shardings)
 
 
-def abstract_state(config: ModelConfig, optimizer: Optimizer | None, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: Optimizer | None, layout: Layout) -> TrainState:
     """The TrainState of a model, with jax.ShapeDtypeStruct and its sharding for every leaf.
 
     Without an optimizer, opt_state is None.
     """
-    params = abstract_params(config, mesh)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    params = abstract_params(config, layout)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(layout))
     opt_state = None if optimizer is None else _abstract_opt_state(params, optimizer)
     return TrainState(step, params, opt_state)  # type: ignore[arg-type]
 
@@ -123,12 +123,12 @@ def shardings_of(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def random_params(config: ModelConfig, mesh: Mesh, key: Array) -> Params:
+def random_params(config: ModelConfig, layout: Layout, key: Array) -> Params:
     """Initial parameters, each leaf made where it lives.
 
     The same key gives the same ones on every mesh, to rounding.
     """
-    shardings = shardings_of(abstract_params(config, mesh))
+    shardings = shardings_of(abstract_params(config, layout))
     return jax.jit(partial(init_params, config), out_shardings=shardings)(key)
 
 
@@ -149,13 +149,13 @@ def fresh_optimizer_state(state: TrainState, optimizer: Optimizer) -> TrainState
 def _abstract_opt_state(params: Params, optimizer: Optimizer) -> Any:
     """Shapes and shardings of the optimizer's state for parameters that have shardings."""
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    replicated = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return optax.tree.map_params(
         optimizer.transform,
         lambda moment, param: _struct(moment, param.sharding),
         jax.eval_shape(optimizer.transform.init, params),
         params,
-        transform_non_params=lambda leaf: _struct(leaf, replicated),
+        transform_non_params=lambda leaf: _struct(leaf, everywhere),
     )
 
 

@@ -25,7 +25,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import (
     NOT_REPLAYED,
@@ -59,7 +58,13 @@ from jaxrl_llm.losses.weights import token_weights
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
-from jaxrl_llm.sharding import MeshConfig, batch_sharding
+from jaxrl_llm.sharding import (
+    Layout,
+    MeshConfig,
+    batch_sharding,
+    partitioned,
+    replicated,
+)
 
 Gradient = Callable[[Params, TrainBatch], tuple[Params, LossOutput]]
 TrainStep = Callable[[TrainState, TrainBatch], tuple[TrainState, Metrics]]
@@ -109,7 +114,7 @@ class LearnerConfig:
     @property
     def row_multiple(self) -> int:
         """The rows of a mini-batch must be a multiple of this; pad with empty rows."""
-        return self.micro_batches * self.mesh.data * self.mesh.fsdp
+        return self.micro_batches * self.mesh.rows
 
 
 @jax.tree_util.register_dataclass
@@ -136,10 +141,10 @@ class Policy(NamedTuple):
 
 
 def make_policy(
-    model: ModelConfig, compute: ComputeConfig, mesh: Mesh, *, temperature: float
+    model: ModelConfig, compute: ComputeConfig, layout: Layout, *, temperature: float
 ) -> Callable[[Params, TrainBatch, ReplayedRoutes | None], Policy]:
     """The pure function policy(params, batch, replayed) -> Policy; None replays nothing."""
-    forward = make_forward(model, compute, mesh)
+    forward = make_forward(model, compute, layout)
 
     def policy(params: Params, batch: TrainBatch, replayed: ReplayedRoutes | None) -> Policy:
         output = forward(params, batch.inputs, batch.positions, batch.segment_ids, replayed)
@@ -149,6 +154,7 @@ def make_policy(
             batch.targets,
             temperature=temperature,
             chunk=compute.logprob_chunk,
+            layout=layout,
         )
         return Policy(logprobs, entropy, output.router)
 
@@ -156,7 +162,7 @@ def make_policy(
 
 
 def make_score_step(
-    model: ModelConfig, learner: LearnerConfig, mesh: Mesh, *, temperature: float
+    model: ModelConfig, learner: LearnerConfig, layout: Layout, *, temperature: float
 ) -> ScoreStep:
     """The jitted score(params, batch) -> ScoreOutput; run it before the first update of a batch.
 
@@ -164,21 +170,26 @@ def make_score_step(
     compare the sampler with pi_old on sampled tokens: policy/kl_sampler_old, its k3 estimate, and
     routing/agreement and routing/overlap_layer_* if the batch has the sampler's routes.
     """
-    policy = make_policy(model, learner.compute, mesh, temperature=temperature)
+    policy = make_policy(model, learner.compute, layout, temperature=temperature)
     replay: Replay = "r3" if learner.replay == "r3" else "none"
 
-    def part(params: Params, batch: TrainBatch) -> ScoreOutput:
-        replayed = replayed_routes(batch, replay, learner.route_fallback, gates=False)
-        logprobs, entropy, router = policy(params, batch, replayed)
+    def compare(logprobs: Array, router_logits: Array, batch: TrainBatch) -> Metrics:
         mask, sampler = batch.loss_mask, batch.sampler_logprobs
         metrics = {
             "policy/kl_sampler_old": masked_mean(k1(sampler, logprobs, mask), mask),
             "policy/kl_sampler_old_k3": masked_mean(k3(sampler, logprobs, mask), mask),
         }
-        if batch.routes is not None:
-            metrics |= agreement_metrics(
-                router.logits, batch.routes, mask, layers=model.moe_layer_indices, kind=""
-            )
+        if batch.routes is None:
+            return metrics
+        layers = model.moe_layer_indices
+        return metrics | agreement_metrics(
+            router_logits, batch.routes, mask, layers=layers, kind=""
+        )
+
+    def part(params: Params, batch: TrainBatch) -> ScoreOutput:
+        replayed = replayed_routes(batch, replay, learner.route_fallback, gates=False)
+        logprobs, entropy, router = policy(params, batch, replayed)
+        metrics = partitioned(compare, replicated(layout))(logprobs, router.logits, batch)
         used = jnp.moveaxis(router.experts, 0, 2).astype(jnp.int16)
         gates = jnp.moveaxis(router.weights, 0, 2) if learner.replay_gates else None
         return ScoreOutput(logprobs, entropy, used, gates, metrics)
@@ -189,12 +200,11 @@ def make_score_step(
         whole = jax.tree.map(join_rows, dataclasses.replace(parts, metrics={}))
         return dataclasses.replace(whole, metrics=metrics)
 
-    rows = batch_sharding(mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    rows = batch_sharding(layout)
     return jax.jit(
         score,
-        in_shardings=(shardings_of(abstract_params(model, mesh)), rows),
-        out_shardings=ScoreOutput(rows, rows, rows, rows, everywhere),  # type: ignore[arg-type]
+        in_shardings=(shardings_of(abstract_params(model, layout)), rows),
+        out_shardings=ScoreOutput(rows, rows, rows, rows, replicated(layout)),  # type: ignore[arg-type]
     )
 
 
@@ -222,7 +232,7 @@ def make_train_step(
     learner: LearnerConfig,
     loss: LossConfig,
     optimizer: Optimizer,
-    mesh: Mesh,
+    layout: Layout,
     *,
     temperature: float,
 ) -> TrainStep:
@@ -233,29 +243,32 @@ def make_train_step(
     collated where learner.old_logprobs is none, and has a multiple of learner.row_multiple rows.
     Raises ValueError, while tracing, for a batch that lacks what the settings read.
     """
-    gradient = make_gradient(model, learner, loss, mesh, temperature=temperature)
+    gradient = make_gradient(model, learner, loss, layout, temperature=temperature)
 
     def train(state: TrainState, batch: TrainBatch) -> tuple[TrainState, Metrics]:
         grads, output = gradient(state.params, batch)
         state, metrics = apply_gradients(state, grads, output.loss, optimizer)
         assert output.logprobs is not None  # make_gradient's are of a policy
-        terms = token_terms(output.logprobs, batch, loss)
-        weight = jnp.where(terms.kept, terms.importance.weight, 0.0)
-        statistics = importance_statistics(output.logprobs, batch, weight)
+        statistics = partitioned(describe, replicated(layout))(output.logprobs, batch)
         return state, output.metrics | metrics | statistics
 
-    return jit_update(train, model, optimizer, mesh)
+    def describe(logprobs: Array, batch: TrainBatch) -> Metrics:
+        terms = token_terms(logprobs, batch, loss)
+        weight = jnp.where(terms.kept, terms.importance.weight, 0.0)
+        return importance_statistics(logprobs, batch, weight)
+
+    return jit_update(train, model, optimizer, layout)
 
 
 def jit_update(
-    update: TrainStep, model: ModelConfig, optimizer: Optimizer, mesh: Mesh
+    update: TrainStep, model: ModelConfig, optimizer: Optimizer, layout: Layout
 ) -> TrainStep:
     """jax.jit of an update over the mesh, its state donated."""
-    state = shardings_of(abstract_state(model, optimizer, mesh))
+    state = shardings_of(abstract_state(model, optimizer, layout))
     return jax.jit(
         update,
-        in_shardings=(state, batch_sharding(mesh)),
-        out_shardings=(state, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(state, batch_sharding(layout)),
+        out_shardings=(state, replicated(layout)),
         donate_argnums=0,
     )
 
@@ -269,7 +282,12 @@ class _Part(NamedTuple):
 
 
 def make_gradient(
-    model: ModelConfig, learner: LearnerConfig, loss: LossConfig, mesh: Mesh, *, temperature: float
+    model: ModelConfig,
+    learner: LearnerConfig,
+    loss: LossConfig,
+    layout: Layout,
+    *,
+    temperature: float,
 ) -> Gradient:
     """The pure function gradient(params, batch) -> (gradient, LossOutput) of one mini-batch.
 
@@ -277,54 +295,71 @@ def make_gradient(
     and router_loss, routing/*, of which routing/agreement and routing/overlap_layer_* only if
     no scoring pass reports them.
     """
-    policy = make_policy(model, learner.compute, mesh, temperature=temperature)
-    shardings = shardings_of(abstract_params(model, mesh))
-    layers, replay = model.moe_layer_indices, learner.replay
-    fallback, gates = learner.route_fallback, learner.replay_gates
+    policy = make_policy(model, learner.compute, layout, temperature=temperature)
+    weigh = partitioned(partial(_weights, loss), batch_sharding(layout))
+    losses = partitioned(partial(_losses, model, learner, loss), replicated(layout))
 
     def run(params: Params, batch: TrainBatch) -> tuple[Policy, ReplayedRoutes | None]:
-        replayed = replayed_routes(batch, replay, fallback, gates=gates)
+        fallback, gates = learner.route_fallback, learner.replay_gates
+        replayed = replayed_routes(batch, learner.replay, fallback, gates=gates)
         return policy(params, batch, replayed), replayed
 
     def load(params: Params, part: _Part) -> Array:
+        count = partial(expert_load, num_experts=model.moe.num_experts)
         experts = run(params, part.batch)[0].router.experts
-        return expert_load(experts, part.router_weights, num_experts=model.moe.num_experts)
+        return partitioned(count, replicated(layout))(experts, part.router_weights)
 
     def objective(params: Params, part: _Part, *, whole_load: Array | None) -> LossOutput:
-        batch, mask = part.batch, part.batch.loss_mask
-        (logprobs, entropy, router), replayed = run(params, batch)
-        main = policy_loss(logprobs, entropy, batch, part.weights, loss)
-        side = router_loss(
-            router,
-            part.router_weights,
-            z_coefficient=loss.router_z_coefficient,
-            balance_coefficient=loss.router_balance_coefficient,
-            load=whole_load,
-        )
-        metrics = main.metrics | side.metrics
-        metrics |= routing_metrics(router, batch, replayed, replay, layers=layers)
-        if learner.old_logprobs == "none" and batch.routes is not None:
-            metrics |= agreement_metrics(router.logits, batch.routes, mask, layers=layers, kind="")
-        return LossOutput(main.loss + side.loss, metrics, jax.lax.stop_gradient(logprobs))
+        seen, replayed = run(params, part.batch)
+        output = losses(seen, replayed, part, whole_load)
+        return dataclasses.replace(output, logprobs=jax.lax.stop_gradient(seen.logprobs))
 
     def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
         _check(batch, learner)
-        segments = batch.segment_ids
-        weights = token_weights(
-            batch.loss_mask, segments, per=loss.averaging, constant=loss.averaging_length
-        )
-        router_weights = token_weights(segments > 0, segments, per="token")
-        parts = split_rows(_Part(batch, weights, router_weights), learner.micro_batches)
+        weights = weigh(batch.loss_mask, batch.segment_ids)
+        parts = split_rows(_Part(batch, *weights), learner.micro_batches)
         whole_load = None
         if loss.router_balance_coefficient and learner.micro_batches > 1:
             # The balance loss is no sum over tokens; with the load of all of them it becomes one.
             loads = jax.lax.map(partial(load, params), parts)
             whole_load = jnp.sum(loads, axis=0)
-        return accumulate_gradients(
-            partial(objective, whole_load=whole_load), params, parts, shardings=shardings
-        )
+        return accumulate_gradients(partial(objective, whole_load=whole_load), params, parts)
 
     return gradient
+
+
+def _weights(loss: LossConfig, mask: Array, segments: Array) -> tuple[Array, Array]:
+    """Of the policy loss and of the router losses, as in _Part."""
+    own = token_weights(mask, segments, per=loss.averaging, constant=loss.averaging_length)
+    return own, token_weights(segments > 0, segments, per="token")
+
+
+def _losses(
+    model: ModelConfig,
+    learner: LearnerConfig,
+    loss: LossConfig,
+    seen: Policy,
+    replayed: ReplayedRoutes | None,
+    part: _Part,
+    whole_load: Array | None,
+) -> LossOutput:
+    """The losses of a micro-batch, pi's pass over it being given, and all that they report."""
+    (logprobs, entropy, router), batch = seen, part.batch
+    main = policy_loss(logprobs, entropy, batch, part.weights, loss)
+    side = router_loss(
+        router,
+        part.router_weights,
+        z_coefficient=loss.router_z_coefficient,
+        balance_coefficient=loss.router_balance_coefficient,
+        load=whole_load,
+    )
+    layers, replay, routes = model.moe_layer_indices, learner.replay, batch.routes
+    metrics = main.metrics | side.metrics
+    metrics |= routing_metrics(router, batch, replayed, replay, layers=layers)
+    if learner.old_logprobs == "none" and routes is not None:
+        mask = batch.loss_mask
+        metrics |= agreement_metrics(router.logits, routes, mask, layers=layers, kind="")
+    return LossOutput(main.loss + side.loss, metrics)
 
 
 def _check(batch: TrainBatch, learner: LearnerConfig) -> None:

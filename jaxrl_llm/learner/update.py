@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -41,15 +40,14 @@ def join_rows(parts: Array) -> Array:
 
 
 def accumulate_gradients(
-    objective: Objective, params: Params, parts: Any, *, shardings: Any
+    objective: Objective, params: Params, parts: Any
 ) -> tuple[Params, LossOutput]:
     """Gradient, loss and metrics of an objective summed over parts; its logprobs joined by rows.
 
     Args:
       objective: (params, part) -> LossOutput.
-      params: differentiated, float32; so are the sums.
+      params: differentiated, float32; so are the sums, which are split as they are.
       parts: what split_rows returns; one micro-batch is in memory at a time.
-      shardings: of the parameters; the sums have them too, on their way as well as at the end.
     """
 
     def loss(params: Params, part: Any) -> tuple[Array, LossOutput]:
@@ -58,10 +56,9 @@ def accumulate_gradients(
 
     def add(total: Params, part: Any) -> tuple[Params, LossOutput]:
         (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return place(jax.tree.map(jnp.add, total, gradient)), output
+        return jax.tree.map(jnp.add, total, gradient), output
 
-    place = partial(jax.lax.with_sharding_constraint, shardings=shardings)
-    gradient, outputs = jax.lax.scan(add, place(jax.tree.map(jnp.zeros_like, params)), parts)
+    gradient, outputs = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
     logprobs = None if outputs.logprobs is None else join_rows(outputs.logprobs)
     outputs = dataclasses.replace(outputs, logprobs=None)
     summed: LossOutput = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)

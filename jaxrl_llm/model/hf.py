@@ -28,13 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf_config import CONFIG, Dtype, PathLike, parse_config
 from jaxrl_llm.model.transformer import Params, init_params, parameter_axes
-from jaxrl_llm.sharding import parameter_shardings
+from jaxrl_llm.sharding import Layout, parameter_shardings
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -127,19 +127,19 @@ def _layout(config: ModelConfig) -> tuple[_Tensor, ...]:
 # Import
 
 
-def load_params(folder: PathLike, config: ModelConfig, mesh: Mesh) -> Params:
+def load_params(folder: PathLike, config: ModelConfig, layout: Layout) -> Params:
     """The parameters of a checkpoint on disk, float32, each shard read where it will live.
 
     Args:
       folder: a local one, with one safetensors file or with several and their index.
       config: of read_model_config(folder).
-      mesh: parameters are split over it by sharding.DEFAULT_RULES.
+      layout: parameters are split over its mesh by its rules.
 
     At any time one shard of one parameter is on the host. Raises ValueError naming every tensor
     that is missing, unknown, of another shape or of an unreadable type, and files that are damaged.
     """
     shapes = _shapes(config)
-    shardings = parameter_shardings(shapes, parameter_axes(config), mesh)
+    shardings = parameter_shardings(shapes, parameter_axes(config), layout)
     with contextlib.ExitStack() as stack:
         files = _open(Path(folder), stack)
         _check_tensors(files, config, folder)

@@ -90,19 +90,30 @@ def attend(query: Array, key: Array, value: Array, visible: Array) -> Array:
 
 
 def segment_attention(
-    query: Array, key: Array, value: Array, segment_ids: Array, *, chunk: int
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    *,
+    chunk: int,
+    first: Array | int = 0,
 ) -> Array:
     """Causal attention within each segment of packed rows: attend() with segment_ids i32[B, S].
 
-    Padding (id 0) sees padding only. Scores of `chunk` queries exist at a time; 0: of all.
+    Padding (id 0) sees padding only. Scores of `chunk` queries exist at a time; 0: of all. The
+    queries may be those of some positions of the row only, from `first` on.
     """
+    count = query.shape[1]
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    own_ids, own_index = (
+        jax.lax.dynamic_slice_in_dim(x, first, count, axis=1) for x in (segment_ids, index)
+    )
 
     def queries(part: Array, part_ids: Array, part_index: Array) -> Array:
         same = part_ids[:, :, None] == segment_ids[:, None, :]
         return attend(part, key, value, same & (index[:, None, :] <= part_index[:, :, None]))
 
-    return map_chunks(queries, (query, segment_ids, index), chunk=chunk)
+    return map_chunks(queries, (query, own_ids, own_index), chunk=chunk)
 
 
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.model.layers import map_chunks
+from jaxrl_llm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
 
+HEAD = ("embed", "vocab")
+"""The names of the head's dimensions."""
+
 
 def token_logprobs(
-    hidden: Array, unembed: Array, targets: Array, *, temperature: float, chunk: int
+    hidden: Array,
+    unembed: Array,
+    targets: Array,
+    *,
+    temperature: float,
+    chunk: int,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Array, Array]:
     """Log-probability of each target, and entropy, under softmax(logits / temperature).
 
@@ -21,6 +31,7 @@ def token_logprobs(
       targets: i32[B, S].
       temperature: above 0; that of the sampling, so that mu and pi are the same kind of thing.
       chunk: positions whose logits, f32[B, chunk, V], exist at a time, in the gradient too.
+      layout: how the arrays are split: hidden and targets as a batch, the head by its rules.
 
     Returns:
       logprobs f32[B, S] and entropy f32[B, S], in nats.
@@ -28,22 +39,43 @@ def token_logprobs(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; log-probabilities need one above 0")
 
-    def positions(part: Array, wanted: Array) -> tuple[Array, Array]:
-        return _logprobs(part, unembed, wanted, temperature)
+    def share(hidden: Array, unembed: Array, targets: Array) -> tuple[Array, Array]:
+        head = layout.whole(unembed, HEAD)  # f32[D, this device's part of V]
+        local = targets - layout.share("vocab") * head.shape[1]
 
-    return map_chunks(positions, (hidden, targets), chunk=chunk)
+        def positions(part: Array, wanted: Array) -> tuple[Array, Array]:
+            return _logprobs(part, head, wanted, temperature, layout)
+
+        return map_chunks(positions, (hidden, local), chunk=chunk)
+
+    tokens = layout.tokens
+    return layout.shard(share, (tokens, layout.spec(HEAD), tokens), tokens)(
+        hidden, unembed, targets
+    )
 
 
 def _logprobs(
-    hidden: Array, unembed: Array, targets: Array, temperature: float
+    hidden: Array, head: Array, targets: Array, temperature: float, layout: Layout
 ) -> tuple[Array, Array]:
+    """targets: ids from the first one of this device's part of the vocabulary."""
     flat = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
     # Accelerators round float32 factors to fewer bits unless told not to.
-    logits = jnp.matmul(flat, unembed, precision=jax.lax.Precision.HIGHEST) / temperature
+    logits = jnp.matmul(flat, head, precision=jax.lax.Precision.HIGHEST) / temperature
     # From here on no large numbers cancel: the entropy of a confident policy stays exact.
-    log_shares = jax.nn.log_softmax(logits, axis=-1)
-    # A comparison and a sum instead of an index: it stays local when the vocabulary is split.
+    log_shares = _log_softmax(logits, layout)
+    # A comparison and a sum instead of an index: its gradient is no scatter.
     chosen = jnp.arange(logits.shape[-1]) == targets.reshape(-1, 1)
     logprobs = jnp.sum(jnp.where(chosen, log_shares, 0.0), axis=-1)
     entropy = -jnp.sum(jnp.exp(log_shares) * log_shares, axis=-1)
-    return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)
+    both = layout.total(jnp.stack([logprobs, entropy]), "vocab")
+    return both[0].reshape(targets.shape), both[1].reshape(targets.shape)
+
+
+def _log_softmax(logits: Array, layout: Layout) -> Array:
+    """Over the last dimension, of which this device has a part."""
+    if not (axes := layout.axes("vocab")):
+        return jax.nn.log_softmax(logits, axis=-1)
+    largest = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True), axes)
+    shifted = logits - largest
+    total = layout.total(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), "vocab")
+    return shifted - jnp.log(total)

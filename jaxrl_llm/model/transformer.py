@@ -26,13 +26,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
 from jaxrl_llm.model.moe import dispatch, route, router_logits
-from jaxrl_llm.sharding import batch_sharding
+from jaxrl_llm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -47,7 +47,15 @@ class Setup:
 
     config: ModelConfig
     compute: ComputeConfig
-    mesh: Mesh | None = None
+    layout: Layout = ONE_DEVICE
+
+    def weight(self, param: nnx.Param) -> Array:
+        """One layer's matrix in the compute dtype, its width gathered and else this device's share.
+
+        Cast first: half the bytes travel, of the matrix and of its gradient.
+        """
+        names = tuple(name for name in param.axes if name != "layers")
+        return self.layout.whole(param[...].astype(self.compute.dtype), names)
 
 
 def _matrix(rngs: nnx.Rngs, sizes: Sizes, *, fan_in: int) -> nnx.Param:
@@ -70,23 +78,33 @@ class Attention(nnx.Module):
         stack: Sizes = {"layers": layers}
         self.setup = setup
         self.q = _matrix(rngs, {**stack, "embed": width, "heads": heads}, fan_in=width)
-        self.k = _matrix(rngs, {**stack, "embed": width, "kv_heads": kv_heads}, fan_in=width)
-        self.v = _matrix(rngs, {**stack, "embed": width, "kv_heads": kv_heads}, fan_in=width)
+        self.k = _matrix(rngs, {**stack, "embed": width, "heads": kv_heads}, fan_in=width)
+        self.v = _matrix(rngs, {**stack, "embed": width, "heads": kv_heads}, fan_in=width)
         self.o = _matrix(rngs, {**stack, "heads": heads, "embed": width}, fan_in=heads)
         self.q_norm = _ones({**stack, None: size})
         self.k_norm = _ones({**stack, None: size})
 
     def __call__(self, x: Array, rotary: Rotary, segment_ids: Array) -> Array:
-        config = self.setup.config
+        config, layout = self.setup.config, self.setup.layout
 
         def heads(matrix: nnx.Param) -> Array:
-            return linear(x, matrix[...]).reshape(*x.shape[:-1], -1, config.head_dim)
+            return linear(x, self.setup.weight(matrix)).reshape(*x.shape[:-1], -1, config.head_dim)
 
         query = rotate(rms_norm(heads(self.q), self.q_norm[...], config.norm_eps), rotary)
         key = rotate(rms_norm(heads(self.k), self.k_norm[...], config.norm_eps), rotary)
+        value = heads(self.v)
+        first: Array | int = 0
+        if context := layout.split(("context",)):
+            # This device has some queries of a row and needs all its keys, whose heads are few.
+            key, value, segment_ids = (
+                jax.lax.all_gather(part, context, axis=1, tiled=True)
+                for part in (key, value, segment_ids)
+            )
+            first = jax.lax.axis_index(context) * x.shape[1]
         chunk = self.setup.compute.attention_chunk
-        attended = segment_attention(query, key, heads(self.v), segment_ids, chunk=chunk)
-        return linear(attended.reshape(*x.shape[:-1], -1), self.o[...])
+        attended = segment_attention(query, key, value, segment_ids, chunk=chunk, first=first)
+        output = linear(attended.reshape(*x.shape[:-1], -1), self.setup.weight(self.o))
+        return layout.total(output, "heads")
 
 
 class DenseMlp(nnx.Module):
@@ -96,12 +114,14 @@ class DenseMlp(nnx.Module):
         width, inner = setup.config.width, setup.config.moe.dense_width
         columns: Sizes = {"layers": layers, "embed": width, "mlp": inner}
         rows: Sizes = {"layers": layers, "mlp": inner, "embed": width}
+        self.setup = setup
         self.gate = _matrix(rngs, columns, fan_in=width)
         self.up = _matrix(rngs, columns, fan_in=width)
         self.down = _matrix(rngs, rows, fan_in=inner)
 
     def __call__(self, x: Array, replayed: ReplayedRoutes | None) -> tuple[Array, None]:
-        return swiglu(x, self.gate[...], self.up[...], self.down[...]), None
+        gate, up, down = (self.setup.weight(matrix) for matrix in (self.gate, self.up, self.down))
+        return self.setup.layout.total(swiglu(x, gate, up, down), "mlp"), None
 
 
 class MoeMlp(nnx.Module):
@@ -110,8 +130,8 @@ class MoeMlp(nnx.Module):
     def __init__(self, setup: Setup, layers: int, rngs: nnx.Rngs) -> None:
         moe, width = setup.config.moe, setup.config.width
         stack: Sizes = {"layers": layers, "expert": moe.num_experts}
-        columns = {**stack, "embed": width, "mlp": moe.expert_width}
-        rows = {**stack, "mlp": moe.expert_width, "embed": width}
+        columns = {**stack, "expert_embed": width, "mlp": moe.expert_width}
+        rows = {**stack, "mlp": moe.expert_width, "expert_embed": width}
         router: Sizes = {"layers": layers, "embed": width, None: moe.num_experts}
         self.setup = setup
         self.router = _matrix(rngs, router, fan_in=width)
@@ -120,9 +140,9 @@ class MoeMlp(nnx.Module):
         self.down = _matrix(rngs, rows, fan_in=moe.expert_width)
 
     def __call__(self, x: Array, replayed: ReplayedRoutes | None) -> tuple[Array, RouterOutput]:
-        moe = self.setup.config.moe
+        setup, moe = self.setup, self.setup.config.moe
         router = route(
-            router_logits(x, self.router[...]),
+            router_logits(x, setup.layout.whole(self.router[...], ("embed", None))),
             moe.experts_per_token,
             replayed,
             normalize=moe.normalize_weights,
@@ -131,9 +151,13 @@ class MoeMlp(nnx.Module):
             x.reshape(-1, x.shape[-1]),
             router.experts.reshape(-1, moe.experts_per_token),
             router.weights.reshape(-1, moe.experts_per_token),
-            {"gate": self.gate[...], "up": self.up[...], "down": self.down[...]},
-            implementation=self.setup.compute.dispatch,
-            mesh=self.setup.mesh,
+            {
+                "gate": setup.weight(self.gate),
+                "up": setup.weight(self.up),
+                "down": setup.weight(self.down),
+            },
+            implementation=setup.compute.dispatch,
+            layout=setup.layout,
         )
         return output.reshape(x.shape), router
 
@@ -159,7 +183,7 @@ class Block(nnx.Module):
         normed = rms_norm(hidden, self.attention_norm[...], eps)
         hidden = hidden + self.attention(normed, rotary, segment_ids)
         change, router = self.mlp(rms_norm(hidden, self.mlp_norm[...], eps), replayed)
-        return _split_rows(hidden + change, self.setup.mesh), router
+        return hidden + change, router
 
 
 class Transformer(nnx.Module):
@@ -188,10 +212,9 @@ class Transformer(nnx.Module):
         replayed: ReplayedRoutes | None,
     ) -> ForwardOutput:
         """See make_forward."""
-        config, compute = self.setup.config, self.setup.compute
+        config = self.setup.config
         rotary = rotary_table(positions, config.head_dim, config.rope_theta)
-        hidden = self.embed[...][inputs].astype(compute.dtype)
-        hidden = _split_rows(hidden, self.setup.mesh)
+        hidden = self._embedded(inputs).astype(self.setup.compute.dtype)
         by_layer = jax.tree.map(lambda field: jnp.moveaxis(field, 2, 0), replayed)
         outputs, first = [], 0
         for index, (is_moe, layers) in enumerate(config.segments):
@@ -204,6 +227,21 @@ class Transformer(nnx.Module):
         hidden = rms_norm(hidden, self.final_norm[...], config.norm_eps)
         router = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
         return ForwardOutput(hidden, router)
+
+    def _embedded(self, inputs: Array) -> Array:
+        """f32[B, S, D]; in float32, since its gradient adds up the tokens of an id."""
+        layout = self.setup.layout
+        table = layout.whole(self.embed[...], ("vocab", "embed"))
+        if not layout.axes("vocab"):
+            return table[inputs]
+        local = inputs - layout.share("vocab") * table.shape[0]
+        return layout.total(_rows_or_zero(table, local), "vocab")
+
+
+def _rows_or_zero(table: Array, index: Array) -> Array:
+    """table[index], and zeros where the table has no such row."""
+    here = (index >= 0) & (index < table.shape[0])
+    return jnp.where(here[..., None], table.at[index].get(mode="clip"), 0)
 
 
 def _take_layers(replayed: ReplayedRoutes | None, first: int, count: int) -> ReplayedRoutes | None:
@@ -235,11 +273,9 @@ def _scan(
     return jax.lax.scan(layer, hidden, (stacked, replayed))
 
 
-def _split_rows(x: Array, mesh: Mesh | None) -> Array:
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
-
-
-def make_forward(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None = None) -> Forward:
+def make_forward(
+    config: ModelConfig, compute: ComputeConfig, layout: Layout = ONE_DEVICE
+) -> Forward:
     """The pure function forward(params, inputs, positions, segment_ids, replayed) -> ForwardOutput.
 
     inputs, positions, segment_ids: i32[B, S] under the alignment rule of types.py; a token sees
@@ -248,9 +284,29 @@ def make_forward(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None 
       where the live router decides, and their gate values if those are replayed too; None replays
       nothing.
 
-    Raises ValueError when replayed routes or gates have another shape.
+    With a mesh, arrays are split over it: parameters by the layout's rules, the rest and the output
+    by rows and positions.
+
+    Raises ValueError when heads do not divide over the mesh, and when replayed routes or gates have
+    another shape.
     """
-    definition, _ = nnx.split(_abstract(Setup(config, compute, mesh)))
+    parts = layout.size(layout.axes("heads"))
+    for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
+        if count % parts:
+            raise ValueError(
+                f"{name} is {count}, which mesh axes {layout.axes('heads')} of size {parts} cannot "
+                "share; lower their size, or give the rule heads no axes"
+            )
+    definition, _ = nnx.split(_abstract(Setup(config, compute, layout)))
+    names = parameter_axes(config)
+    specs = jax.tree.map(layout.spec, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    by_layer = PartitionSpec(None, *layout.tokens)
+
+    def share(params: Params, *batch: Any) -> ForwardOutput:
+        return nnx.merge(definition, params)(*batch)
+
+    outward = ForwardOutput(layout.tokens, by_layer)  # type: ignore[arg-type]
+    sharded = layout.shard(share, (specs, *[layout.tokens] * 4), outward)
 
     def forward(
         params: Params,
@@ -266,7 +322,7 @@ def make_forward(config: ModelConfig, compute: ComputeConfig, mesh: Mesh | None 
                     f"replayed routes or gates have shape {field.shape}; inputs {inputs.shape} and "
                     f"this model need {wanted}: [rows, positions, MoE layers, experts per token]"
                 )
-        return nnx.merge(definition, params)(inputs, positions, segment_ids, replayed)
+        return sharded(params, inputs, positions, segment_ids, replayed)
 
     return forward
 

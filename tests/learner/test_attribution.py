@@ -13,7 +13,7 @@ from jaxrl_llm.learner.step import LearnerConfig, make_policy
 from jaxrl_llm.metrics import describe
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh
+from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_layout
 from tests.learner.tiny import (
     LENGTH,
     MODEL,
@@ -165,24 +165,28 @@ def test_tokens_without_routes_are_left_out_and_counted(attribution, sampled) ->
 
 
 @pytest.mark.parametrize(
-    ("mesh", "rows", "expected"), [({}, 3, 3), ({}, 0, 8), ({"data": 4}, 3, 4), ({}, 99, ROWS)]
+    ("mesh", "rows", "expected"),
+    [({}, 3, 3), ({}, 0, 8), ({"data": 2, "expert": 2}, 3, 4), ({}, 99, ROWS)],
 )
 def test_which_rows_are_scored(mesh: dict[str, int], rows: int, expected: int) -> None:
     config = MeshConfig(**mesh)
+    layout = make_layout(config)
     steps = make_attribution(
         MODEL,
         LearnerConfig(micro_batches=2, mesh=config),
-        make_mesh(config),
+        layout,
         temperature=TEMPERATURE,
         rows=rows,
     )
     numbered = replace(BATCH, staleness=np.repeat(np.arange(ROWS)[:, None], LENGTH, axis=1))
-    old = jax.eval_shape(steps.before, OLD, numbered)
+    numbered = jax.device_put(numbered, batch_sharding(layout))
+    params = jax.device_put(OLD, shardings_of(abstract_params(MODEL, layout)))
+    old = jax.eval_shape(steps.before, params, numbered)
     assert old.natural.shape == (expected, LENGTH)
     assert old.r3 is None
     if rows != 3:  # each run compiles
         return
-    chosen = np.asarray(steps.before(OLD, numbered).batch.staleness[:, 0])
+    chosen = np.asarray(steps.before(params, numbered).batch.staleness[:, 0])
     np.testing.assert_array_equal(chosen, np.arange(expected) * (ROWS // expected))
 
 
@@ -193,7 +197,7 @@ def test_a_negative_number_of_rows_is_refused() -> None:
 
 def test_eight_devices_say_what_one_says(attribution, sampled) -> None:
     config = MeshConfig(data=2, fsdp=2, expert=2)
-    mesh = make_mesh(config)
+    mesh = make_layout(config)
     learner = LearnerConfig(mesh=config)
     steps = make_attribution(MODEL, learner, mesh, temperature=TEMPERATURE)
     noisy = np.where(MASK, with_noise(sampled.sampler_logprobs, 0.1), 0).astype(np.float32)

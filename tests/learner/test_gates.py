@@ -34,7 +34,7 @@ from jaxrl_llm.losses.weights import token_weights
 from jaxrl_llm.model.config import ComputeConfig, Dispatch
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.routes import with_routes
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_layout
 from jaxrl_llm.types import Rollout
 from tests.learner.tiny import (
     MODEL,
@@ -196,10 +196,12 @@ def test_micro_batches_and_eight_devices_change_nothing(whole, mesh: MeshConfig)
     """Scoring and update; the router of tokens with routes rests there too."""
     batch, grads, metrics = whole
     learner = dataclasses.replace(GATED, micro_batches=2, mesh=mesh)
-    devices = make_mesh(mesh)
+    devices = make_layout(mesh)
     shardings = shardings_of(abstract_state(MODEL, TRANSPARENT, devices))
     score = make_score_step(MODEL, learner, devices, temperature=TEMPERATURE)
-    unscored = replace(batch, old_logprobs=None, gates=None)
+    unscored = jax.device_put(
+        replace(batch, old_logprobs=None, gates=None), batch_sharding(devices)
+    )
     scored = score(jax.device_put(OLD, shardings.params), unscored)
     np.testing.assert_allclose(scored.gates, batch.gates, rtol=1e-5, atol=1e-6)
     train = make_train_step(

@@ -7,21 +7,21 @@ import pytest
 from jaxrl_llm.learner.probe import make_probe_score
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.model.transformer import parameter_axes
-from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
+from jaxrl_llm.sharding import MeshConfig, make_layout, parameter_shardings
 from tests.model.tiny import TINY, params
 from tests.reference import model as reference
 
 TOKENS = np.array([3, 1, 4, 1, 5, 9, 2], np.int32)
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=2, fsdp=2, expert=2)])
+@pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(data=2, context=2, expert=2)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("routed", [False, True])
 def test_a_probe_is_scored_as_the_reference_scores_it(
     mesh_config: MeshConfig, temperature: float, routed: bool
 ) -> None:
     """With the experts that came with it, where some did, and they are not the learner's own."""
-    mesh = make_mesh(mesh_config)
+    mesh = make_layout(mesh_config)
     shardings = parameter_shardings(params(), parameter_axes(TINY), mesh)
     score = make_probe_score(TINY, ComputeConfig(), mesh, length=9)
     exact = reference.to_float64(params())
@@ -36,6 +36,6 @@ def test_a_probe_is_scored_as_the_reference_scores_it(
 
 @pytest.mark.parametrize("size", [1, 10])
 def test_a_sequence_that_does_not_fit_is_refused(size: int) -> None:
-    score = make_probe_score(TINY, ComputeConfig(), make_mesh(MeshConfig()), length=9)
+    score = make_probe_score(TINY, ComputeConfig(), make_layout(MeshConfig()), length=9)
     with pytest.raises(ValueError, match=f"the probe has {size} tokens; it may have 2 to 9"):
         score({}, np.zeros(size, np.int32), None, 1.0)

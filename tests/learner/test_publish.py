@@ -20,7 +20,7 @@ from jaxrl_llm.learner.publish import PublishConfig, Publisher, PublishError, ve
 from jaxrl_llm.model import hf
 from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.model.transformer import Params, parameter_axes
-from jaxrl_llm.sharding import MeshConfig, make_mesh, parameter_shardings
+from jaxrl_llm.sharding import MeshConfig, make_layout, parameter_shardings
 from tests.learner.tiny import MODEL, make_params
 
 
@@ -57,14 +57,14 @@ def test_a_publication_holds_the_weights_and_a_manifest_of_all_its_files(tmp_pat
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == sizes
     config = read_model_config(folder)
     assert config == MODEL
-    loaded = hf.load_params(folder, config, make_mesh(MeshConfig()))
+    loaded = hf.load_params(folder, config, make_layout(MeshConfig()))
     jax.tree.map(np.testing.assert_array_equal, loaded, weights(0))
     described = json.loads((folder / "config.json").read_text())
     assert (described["eos_token_id"], described["max_position_embeddings"]) == ([1], 32)
 
 
 def test_the_label_says_which_weights_and_not_where_they_were(tmp_path: Path) -> None:
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    mesh = make_layout(MeshConfig(fsdp=2, expert=2, tensor=2))
     shardings = parameter_shardings(weights(0), parameter_axes(MODEL), mesh)
     split = jax.device_put(weights(0), shardings)
     here = publisher(tmp_path / "a").publish(weights(0), 3)
@@ -83,7 +83,7 @@ def test_bfloat16_is_the_default_and_halves_the_file(tmp_path: Path) -> None:
     assert PublishConfig().dtype == "bfloat16"
     folder = Path(publisher(tmp_path, dtype="bfloat16").publish(weights(0), 0).path)
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-    rounded = hf.load_params(folder, MODEL, make_mesh(MeshConfig()))
+    rounded = hf.load_params(folder, MODEL, make_layout(MeshConfig()))
     wanted = jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), weights(0))
     jax.tree.map(np.testing.assert_array_equal, rounded, wanted)
 

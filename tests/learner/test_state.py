@@ -20,7 +20,7 @@ from jaxrl_llm.learner.state import (
     shardings_of,
 )
 from jaxrl_llm.learner.update import apply_gradients
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.learner.tiny import MODEL, make_params, one_device
 from tests.reference.optimizer import AdamW
 
@@ -113,7 +113,7 @@ def test_a_warm_up_must_leave_room_for_the_schedule() -> None:
 
 def test_the_state_is_the_same_on_every_mesh_and_lies_where_it_should() -> None:
     optimizer = make_optimizer(OptimizerConfig(), 1)
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    mesh = make_layout(MeshConfig(fsdp=2, expert=2, tensor=2))
     params = [random_params(MODEL, m, jax.random.key(3)) for m in (one_device(), mesh)]
     states = [init_state(given, optimizer) for given in params]
     # Not bit for bit: compilers fuse the sampling of a normal differently for a part of an array.
@@ -133,7 +133,7 @@ def test_the_state_is_the_same_on_every_mesh_and_lies_where_it_should() -> None:
 def test_a_fresh_optimizer_keeps_the_parameters() -> None:
     first = make_optimizer(OptimizerConfig(), 1)
     second = make_optimizer(OptimizerConfig(schedule="cosine"), 9)
-    mesh = make_mesh(MeshConfig(fsdp=2))
+    mesh = make_layout(MeshConfig(fsdp=2))
     shardings = shardings_of(abstract_state(MODEL, first, mesh))
     params = jax.tree.map(jnp.asarray, make_params())
     state = TrainState(jnp.int32(0), params, first.transform.init(params))

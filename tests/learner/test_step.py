@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from jaxrl_llm.losses.router import router_loss
 from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import AXES, Layout, MeshConfig, batch_sharding, make_layout
 from tests.learner.tiny import (
     MODEL,
     make_batch,
@@ -43,18 +44,25 @@ from tests.learner.tiny import (
     with_some_routes,
 )
 
-# A dense layer and an MoE layer, all parts of the loss, routes for some tokens.
+# A dense layer and an MoE layer, all parts of the loss, routes for some tokens; and every dimension
+# that a mesh axis may split can be split eight ways.
 MIXED = ModelConfig(
-    vocab_size=12,
+    vocab_size=16,
     width=8,
     num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=2,
     moe=MoEConfig(
-        num_experts=4, experts_per_token=2, expert_width=4, dense_layers=(0,), dense_width=4
+        num_experts=8, experts_per_token=2, expert_width=8, dense_layers=(0,), dense_width=8
     ),
 )
+EIGHT = [
+    MeshConfig(*sizes)
+    for sizes in itertools.product((1, 2, 4, 8), repeat=5)
+    if math.prod(sizes) == 8
+]
+"""Every way to share eight devices among the axes."""
 LOSS = LossConfig(
     averaging="sequence",
     kl=KLConfig(coefficient=0.1),
@@ -72,16 +80,16 @@ TRANSPARENT = make_optimizer(
 )
 
 
-def make_state(model: ModelConfig, optimizer: Optimizer, mesh: jax.sharding.Mesh) -> TrainState:
+def make_state(model: ModelConfig, optimizer: Optimizer, layout: Layout) -> TrainState:
     params = jax.tree.map(jnp.asarray, make_params(model))
     state = TrainState(jnp.int32(0), params, optimizer.transform.init(params))
-    return jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
+    return jax.device_put(state, shardings_of(abstract_state(model, optimizer, layout)))
 
 
 @pytest.fixture(scope="module")
 def batch() -> TrainBatch:
     """Off-policy enough for the cap, the clip mask and every other branch to act."""
-    batch = make_batch()
+    batch = make_batch(model=MIXED)
     policy = jax.jit(make_policy(MIXED, ComputeConfig(), one_device(), temperature=1.0))
     logprobs = policy(make_params(MIXED), batch, None).logprobs
     return replace(
@@ -132,9 +140,10 @@ def test_one_micro_batch_is_the_batch(batch: TrainBatch, plain) -> None:
     """On four devices, with the gradient split as the parameters are."""
     config = MeshConfig(fsdp=2, tensor=2)
     learner = dataclasses.replace(LEARNER, micro_batches=1, mesh=config)
-    step = jax.jit(make_gradient(MIXED, learner, LOSS, make_mesh(config), temperature=1.0))
-    params = make_state(MIXED, TRANSPARENT, make_mesh(config)).params
-    grads, output = step(params, batch)
+    layout = make_layout(config)
+    step = jax.jit(make_gradient(MIXED, learner, LOSS, layout, temperature=1.0))
+    params = make_state(MIXED, TRANSPARENT, layout).params
+    grads, output = step(params, jax.device_put(batch, batch_sharding(layout)))
     assert_close(grads, plain[0])
     assert float(output.loss) == pytest.approx(plain[1], rel=1e-5)
     metrics = values(output.metrics)
@@ -152,11 +161,13 @@ def alone(batch: TrainBatch):
 
 
 def update_on(config: MeshConfig, batch: TrainBatch) -> tuple[TrainState, dict[str, float]]:
-    mesh = make_mesh(config)
+    layout = make_layout(config)
     learner = dataclasses.replace(LEARNER, mesh=config)
-    train = make_train_step(MIXED, learner, LOSS, TRANSPARENT, mesh, temperature=1.0)
-    state, metrics = train(make_state(MIXED, TRANSPARENT, mesh), batch)
-    assert shardings_of(state) == shardings_of(abstract_state(MIXED, TRANSPARENT, mesh))
+    train = make_train_step(MIXED, learner, LOSS, TRANSPARENT, layout, temperature=1.0)
+    state, metrics = train(
+        make_state(MIXED, TRANSPARENT, layout), jax.device_put(batch, batch_sharding(layout))
+    )
+    assert shardings_of(state) == shardings_of(abstract_state(MIXED, TRANSPARENT, layout))
     return state, values(metrics)
 
 
@@ -172,12 +183,8 @@ def test_micro_batches_add_up_to_the_batch(alone, plain) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [
-        MeshConfig(data=2, fsdp=2, expert=2),
-        MeshConfig(data=2, expert=2, tensor=2),
-        MeshConfig(fsdp=4, tensor=2),
-    ],
-    ids=lambda config: "x".join(f"{axis}{n}" for axis, n in vars(config).items() if n > 1),
+    EIGHT,
+    ids=lambda config: "x".join(f"{a}{vars(config)[a]}" for a in AXES if vars(config)[a] > 1),
 )
 def test_eight_devices_do_what_one_does(config: MeshConfig, batch: TrainBatch, alone) -> None:
     """Loss, metrics, every gradient leaf, every parameter."""
@@ -190,16 +197,17 @@ def test_eight_devices_do_what_one_does(config: MeshConfig, batch: TrainBatch, a
 
 def test_eight_devices_score_as_one_does(batch: TrainBatch) -> None:
     outputs = []
-    for config in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
-        mesh = make_mesh(config)
-        params = make_state(MIXED, TRANSPARENT, mesh).params
-        outputs.append(make_score_step(MIXED, LEARNER, mesh, temperature=0.7)(params, batch))
+    for config in (MeshConfig(), MeshConfig(expert=2, context=2, tensor=2)):
+        layout = make_layout(config)
+        params = make_state(MIXED, TRANSPARENT, layout).params
+        score = make_score_step(MIXED, LEARNER, layout, temperature=0.7)
+        outputs.append(score(params, jax.device_put(batch, batch_sharding(layout))))
     one, eight = outputs
     np.testing.assert_allclose(eight.logprobs, one.logprobs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(eight.entropy, one.entropy, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(eight.routes, one.routes)
     assert values(eight.metrics) == pytest.approx(values(one.metrics), rel=1e-5)
-    assert eight.logprobs.addressable_shards[0].data.shape == (8, 8), "rows split over data"
+    assert eight.logprobs.addressable_shards[0].data.shape == (8, 4), "rows and positions split"
 
 
 def test_the_state_is_donated_and_the_policy_learns() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxrl_llm.arrays import (
     NO_ROUTE,
@@ -19,7 +18,7 @@ from jaxrl_llm.arrays import (
 )
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params, init_params
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import Layout, MeshConfig, make_layout
 
 MODEL = ModelConfig(
     vocab_size=12,
@@ -33,8 +32,8 @@ MODEL = ModelConfig(
 ROWS, LENGTH = 16, 8  # B, S
 
 
-def one_device() -> Mesh:
-    return make_mesh(MeshConfig())
+def one_device() -> Layout:
+    return make_layout(MeshConfig())
 
 
 def make_params(model: ModelConfig = MODEL, seed: int = 0) -> Params:

@@ -20,7 +20,13 @@ from jaxrl_llm.losses.statistics import (
     response_share,
 )
 from jaxrl_llm.metrics import describe
-from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh
+from jaxrl_llm.sharding import (
+    MeshConfig,
+    batch_sharding,
+    make_layout,
+    partitioned,
+    replicated,
+)
 from tests.losses.batches import as_dict, poison, random_batch
 from tests.reference import statistics as reference
 
@@ -180,11 +186,13 @@ def test_packing_padding_rows_and_their_order_change_nothing(make, seed: int) ->
 
 @pytest.mark.parametrize("make", [ragged, broken])
 def test_rows_split_over_eight_devices_change_nothing(make) -> None:
-    rows = batch_sharding(make_mesh(MeshConfig(data=4, fsdp=2)))
+    layout = make_layout(MeshConfig(data=4, fsdp=2))
+    rows = batch_sharding(layout)
     weighted = make(3)
-    split = jax.jit(importance_statistics, in_shardings=rows)
-    compiled = split.lower(*weighted).compile()
-    found = compiled(*jax.device_put(weighted, rows))
+    placed = jax.device_put(weighted, rows)
+    split = jax.jit(partitioned(importance_statistics, replicated(layout)))
+    compiled = split.lower(*placed).compile()
+    found = compiled(*placed)
     assert_close(values(found), values(statistics(*weighted)), rtol=2e-5)
     program = compiled.as_text()
     assert "all-reduce" in program

@@ -19,7 +19,7 @@ from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.model.hf_config import Dtype, config_json, read_model_config
 from jaxrl_llm.model.transformer import Params, parameter_count
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.learner.tiny import make_params
 from tests.model.tiny import TINY
 
@@ -73,7 +73,7 @@ def test_float32_comes_back_bit_for_bit_on_any_mesh(
     params = make_params(config)
     export(tmp_path / "a", params, config)
     assert read_model_config(tmp_path / "a") == config
-    loaded = hf.load_params(tmp_path / "a", config, make_mesh(mesh))
+    loaded = hf.load_params(tmp_path / "a", config, make_layout(mesh))
     assert_same_bits(loaded, params)
     export(tmp_path / "b", loaded, config)
     for path in sorted((tmp_path / "a").iterdir()):
@@ -91,7 +91,7 @@ def test_16_bit_files_are_read_without_loss(tmp_path: Path, dtype: Any) -> None:
     rng = np.random.default_rng(0)
     shapes = {name: value.shape for name, value in hf.tensors(make_params(TINY), TINY, "float32")}
     before = {name: finite_bits(rng, shape, dtype) for name, shape in shapes.items()}
-    loaded = hf.load_params(one_file(tmp_path / "x", before), TINY, make_mesh(MESHES[2]))
+    loaded = hf.load_params(one_file(tmp_path / "x", before), TINY, make_layout(MESHES[2]))
     after = dict(hf.tensors(loaded, TINY, "float32"))
     for name, value in before.items():
         assert value.astype(np.float32).tobytes() == after[name].tobytes(), name
@@ -101,7 +101,7 @@ def test_a_bfloat16_file_is_written_back_bit_for_bit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shapes = {name: value.shape for name, value in hf.tensors(make_params(TINY), TINY, "float32")}
     before = {n: finite_bits(rng, shape, ml_dtypes.bfloat16) for n, shape in shapes.items()}
-    loaded = hf.load_params(one_file(tmp_path / "x", before), TINY, make_mesh(MESHES[2]))
+    loaded = hf.load_params(one_file(tmp_path / "x", before), TINY, make_layout(MESHES[2]))
     after = stored(export(tmp_path / "y", loaded, dtype="bfloat16"))
     assert {n: v.tobytes() for n, v in after.items()} == {n: v.tobytes() for n, v in before.items()}
 
@@ -154,7 +154,7 @@ def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
     found = stored(export(tmp_path / "x", params, TIED))
     np.testing.assert_array_equal(found["lm_head.weight"], params["embed"])
     del found["lm_head.weight"]  # transformers leaves it out
-    loaded = hf.load_params(one_file(tmp_path / "y", found, TIED), TIED, make_mesh(MeshConfig()))
+    loaded = hf.load_params(one_file(tmp_path / "y", found, TIED), TIED, make_layout(MeshConfig()))
     assert_same_bits(loaded, params)
 
 
@@ -217,7 +217,7 @@ def test_an_import_reads_every_number_once(
             self.inner.__exit__(*error)
 
     monkeypatch.setattr(hf, "safe_open", lambda *a, **k: File(safe_open(*a, **k)))
-    hf.load_params(tmp_path, TINY, make_mesh(mesh))
+    hf.load_params(tmp_path, TINY, make_layout(mesh))
     assert sum(sizes) == parameter_count(TINY)
 
 
@@ -275,7 +275,7 @@ def faulty(folder: Path) -> Path:
 
 def test_all_faulty_tensors_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not hold the tensors") as caught:
-        hf.load_params(faulty(tmp_path / "x"), TINY, make_mesh(MeshConfig()))
+        hf.load_params(faulty(tmp_path / "x"), TINY, make_layout(MeshConfig()))
     for part in (
         "missing: model.layers.1.mlp.down_proj.weight, model.layers.3.mlp.experts.2.up_proj.weight",
         "unknown: model.layers.0.self_attn.q_proj.bias",
@@ -290,7 +290,7 @@ def test_a_long_list_of_faulty_tensors_is_cut_and_counted(tmp_path: Path) -> Non
     folder = one_file(tmp_path / "x", {"other": np.zeros(1, np.float32)})
     total = sum(1 for _ in hf.tensors(make_params(TINY), TINY, "float32"))
     with pytest.raises(ValueError, match=f"and {total - 20} more; unknown: other"):
-        hf.load_params(folder, TINY, make_mesh(MeshConfig()))
+        hf.load_params(folder, TINY, make_layout(MeshConfig()))
 
 
 def test_a_head_that_contradicts_the_tie_is_refused(tmp_path: Path) -> None:
@@ -298,11 +298,11 @@ def test_a_head_that_contradicts_the_tie_is_refused(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + np.eye(16, dtype=np.float32)
     folder = one_file(tmp_path / "x", tensors, TIED)
     with pytest.raises(ValueError, match=r"lm_head.weight differs .* tie_word_embeddings is true"):
-        hf.load_params(folder, TIED, make_mesh(MeshConfig()))
+        hf.load_params(folder, TIED, make_layout(MeshConfig()))
 
 
 def test_a_cut_file_an_absent_file_and_a_tensor_in_two_files_are_named(tmp_path: Path) -> None:
-    mesh: Mesh = make_mesh(MeshConfig())
+    mesh: Mesh = make_layout(MeshConfig())
     folder = export(tmp_path / "x", make_params(TINY))
     files = sorted(folder.glob("*.safetensors"))
     content = files[1].read_bytes()

@@ -20,7 +20,14 @@ from jaxrl_llm.model.transformer import (
     parameter_count,
     unembed,
 )
-from jaxrl_llm.sharding import MeshConfig, batch_sharding, make_mesh, parameter_shardings
+from jaxrl_llm.sharding import (
+    ONE_DEVICE,
+    Layout,
+    MeshConfig,
+    batch_sharding,
+    make_layout,
+    parameter_shardings,
+)
 from tests.model.tiny import (
     TINY,
     array_shapes,
@@ -304,7 +311,7 @@ def test_bfloat16_stays_near_and_keeps_the_router_in_float32() -> None:
     assert np.any(np.asarray(low.router.logits) != np.asarray(low.router.logits, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("axes", [(2, 1, 4, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("axes", [(2, 1, 4, 1, 1), (1, 2, 1, 2, 2)], ids=str)
 def test_eight_devices_give_the_numbers_of_one(axes: tuple[int, ...]) -> None:
     config = dataclasses.replace(
         TINY, num_layers=2, moe=dataclasses.replace(TINY.moe, dense_layers=(0,))
@@ -312,10 +319,15 @@ def test_eight_devices_give_the_numbers_of_one(axes: tuple[int, ...]) -> None:
     inputs, routes = tokens(8, 6), some_routes(8, 6, config)
     routes[:4] = NO_ROUTE
 
-    def total(params: Params, batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
-        output = make_forward(config, ComputeConfig(), mesh)(params, *batch)
+    def total(params: Params, batch: Any, layout: Layout) -> Any:
+        output = make_forward(config, ComputeConfig(), layout)(params, *batch)
         logprobs, entropy = token_logprobs(
-            output.hidden, unembed(params, config), batch[0], temperature=1.0, chunk=4
+            output.hidden,
+            unembed(params, config),
+            batch[0],
+            temperature=1.0,
+            chunk=4,
+            layout=layout,
         )
         loss = jnp.sum(logprobs) + jnp.sum(entropy) + jnp.sum(jnp.square(output.router.logits))
         return loss, output
@@ -323,10 +335,10 @@ def test_eight_devices_give_the_numbers_of_one(axes: tuple[int, ...]) -> None:
     gradient = jax.jit(jax.value_and_grad(total, has_aux=True), static_argnums=2)
     batch = (*one_segment(inputs), ReplayedRoutes(routes, some_gates(8, 6, config)))
     single = params(config)
-    wanted = gradient(single, batch, None)
-    mesh = make_mesh(MeshConfig(*axes))
-    placed = jax.device_put(single, parameter_shardings(single, parameter_axes(config), mesh))
-    found = gradient(placed, jax.device_put(batch, batch_sharding(mesh)), mesh)
+    wanted = gradient(single, batch, ONE_DEVICE)
+    layout = make_layout(MeshConfig(*axes))
+    placed = jax.device_put(single, parameter_shardings(single, parameter_axes(config), layout))
+    found = gradient(placed, jax.device_put(batch, batch_sharding(layout)), layout)
     assert_close(found, wanted, 2e-5)
 
 
@@ -345,7 +357,7 @@ def test_parameters_are_a_plain_float32_tree_with_an_axis_name_per_dimension(
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
     assert ("head" in tree) is not config.tie_embeddings
     assert parameter_count(config) == sum(leaf.size for leaf in jax.tree.leaves(tree))
-    assert axes["segments"]["02"]["mlp"]["down"] == ("layers", "expert", "mlp", "embed")
+    assert axes["segments"]["02"]["mlp"]["down"] == ("layers", "expert", "mlp", "expert_embed")
 
 
 def test_random_matrices_have_the_variance_of_their_fan_in() -> None:

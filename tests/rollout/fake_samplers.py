@@ -22,7 +22,7 @@ from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, init_params, make_forward, unembed
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.local import LocalEngine, LocalEngineConfig
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from jaxrl_llm.types import Prompt, Rollout, SamplingParams
 
 DEFAULT_WEIGHTS = ""
@@ -192,7 +192,7 @@ class ModelSampler:
     def load(self, path: str) -> ModelWeights:
         params = self._start
         if path != DEFAULT_WEIGHTS:
-            params = load_params(Path(path), self._model, make_mesh(MeshConfig()))
+            params = load_params(Path(path), self._model, make_layout(MeshConfig()))
         # One more than is served: routes() lets it sample a token it has no use for.
         config = LocalEngineConfig(slots=1, prefill_rows=1, max_length=self._length + 1)
         engine = LocalEngine(config, self._model, str)

@@ -18,7 +18,7 @@ from jaxrl_llm.model import hf
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.hf_config import Dtype, config_json, read_model_config
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
-from jaxrl_llm.sharding import MeshConfig, make_mesh
+from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.learner.tiny import make_params
 from tests.model.tiny import one_segment
 
@@ -173,7 +173,7 @@ def test_transformers_takes_all_of_our_tensors_and_settings(work: Work, name: st
 @pytest.mark.parametrize("name", THEIRS)
 def test_we_compute_what_transformers_computes_with_its_checkpoint(work: Work, name: str) -> None:
     config = read_model_config(work.folder / name)
-    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    mesh = make_layout(MeshConfig(fsdp=2, expert=2, tensor=2))
     params = hf.load_params(work.folder / name, config, mesh)
     check_equal(work, name, config, params)
 
@@ -182,7 +182,7 @@ def test_we_compute_what_transformers_computes_with_its_checkpoint(work: Work, n
 def test_a_checkpoint_of_transformers_leaves_as_it_came(work: Work, name: str) -> None:
     folder = work.folder / name
     config = read_model_config(folder)
-    params = hf.load_params(folder, config, make_mesh(MeshConfig(expert=8)))
+    params = hf.load_params(folder, config, make_layout(MeshConfig(expert=8)))
     written = dict(hf.tensors(params, config, THEIRS[name]["dtype"]))
     read = 0
     for path in folder.glob("*.safetensors"):

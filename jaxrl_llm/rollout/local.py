@@ -14,6 +14,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.rollout.decode import Cache, Decoded, Slots, decode, empty_cache, prefill
@@ -194,7 +195,8 @@ class LocalEngine:
         self._config = config
         self._numerics = Numerics(model, config.precision, config.router_precision)
         self._decode_text = decode_text
-        self._device = jax.local_devices()[0]
+        # Not the device itself: an array put there would keep the type of the learner's mesh.
+        self._device = SingleDeviceSharding(jax.local_devices()[0])
         self._published: _Published | None = None
 
     def publish(self, params: Params, version: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -194,6 +195,11 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     """
     shape = tuple(vars(config)[axis] for axis in AXES)
     wanted = math.prod(shape)
+    if wanted > 1:
+        # Of CPU devices: a collective blocks one of XLA's threads, of which there are about as many
+        # as cores, and devices that run out of them wait for each other until XLA aborts. Read when
+        # JAX makes its devices, so it must be set before.
+        os.environ.setdefault("PJRT_NPROC", str(max(64, os.cpu_count() or 1)))
     available = jax.devices() if devices is None else list(devices)
     uneven = jax.process_count() > 1 and wanted != len(available)
     if wanted > len(available) or uneven:

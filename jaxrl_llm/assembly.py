@@ -123,7 +123,7 @@ class Job:
     @property
     def row_length(self) -> int:
         """Positions of a row, S."""
-        return self.config.learner.row_length or self.config.rollout.max_length - 1
+        return self.config.row_length
 
     def version(self, progress: Progress) -> int:
         """The weight version: finished RL steps."""
@@ -135,8 +135,7 @@ class Job:
 
     def rows(self, needed: int) -> int:
         """`needed` rows and those of padding that let them divide into micro-batches on devices."""
-        multiple = self.config.learner.row_multiple
-        return -(-needed // multiple) * multiple
+        return self.config.rows(needed)
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
         """The batch with its rows split over the mesh."""
@@ -150,7 +149,7 @@ class Job:
     def train_step(self, progress: Progress) -> TrainStep:
         """The compiled update with that loss."""
         config = dataclasses.replace(self.config, loss=self.loss(progress))
-        return _train_step(_compiled(config), self.mesh)
+        return update_step(config, self.mesh)
 
 
 def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
@@ -179,7 +178,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     _check_size(config, len(train))
     _check_length(config, heldout)
     mesh = make_mesh(config.learner.mesh)
-    cold_optimizer, optimizer = _optimizers(config)
+    cold_optimizer, optimizer = optimizers(config)
     journal = make_journal(config)
     engine = make_engine(config, tokenizer, heldout[0], mesh, journal, stack)
     log = stack.enter_context(RunWriter(config.directory, config.log))
@@ -196,7 +195,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=_steps(_compiled(config), mesh),
+        steps=learner_steps(config, mesh),
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
@@ -204,12 +203,22 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     )
 
 
-def _optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
+def optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
     """Of the cold start and of RL."""
     return (
         make_optimizer(config.cold_start.optimizer, config.cold_start.steps),
         make_optimizer(config.learner.optimizer, config.steps * config.learner.mini_batches),
     )
+
+
+def learner_steps(config: RunConfig, mesh: Mesh) -> Steps:
+    """The steps that a run of this config compiles, all but its update."""
+    return _steps(_compiled(config), mesh)
+
+
+def update_step(config: RunConfig, mesh: Mesh) -> TrainStep:
+    """The update that a run of this config compiles."""
+    return _train_step(_compiled(config), mesh)
 
 
 def _compiled(config: RunConfig) -> RunConfig:
@@ -220,7 +229,7 @@ def _compiled(config: RunConfig) -> RunConfig:
 
 @functools.lru_cache(maxsize=4)
 def _train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
-    optimizer, temperature = _optimizers(config)[1], config.rollout.temperature
+    optimizer, temperature = optimizers(config)[1], config.rollout.temperature
     return make_train_step(
         config.model, config.learner, config.loss, optimizer, mesh, temperature=temperature
     )
@@ -229,7 +238,7 @@ def _train_step(config: RunConfig, mesh: Mesh) -> TrainStep:
 @functools.lru_cache(maxsize=4)
 def _steps(config: RunConfig, mesh: Mesh) -> Steps:
     model, learner, temperature = config.model, config.learner, config.rollout.temperature
-    cold_optimizer = _optimizers(config)[0]
+    cold_optimizer = optimizers(config)[0]
     natural = dataclasses.replace(learner, mini_batches=1, replay="none", replay_gates=False)
     return Steps(
         sft=make_sft_step(model, learner, config.loss, cold_optimizer, mesh),

@@ -1,0 +1,109 @@
+"""The programs of a config that `jaxrl-llm compile` compiles, with abstract arguments.
+
+What it is: the very steps that the loop runs, from the same functions, and the shapes that the loop
+gives them. What it is not: a compilation (report.py); nothing here allocates an array of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl_llm.arrays import TrainBatch
+from jaxrl_llm.assembly import learner_steps, optimizers, update_step
+from jaxrl_llm.compile.model_flops import FORWARD, TRAINING, model_flops
+from jaxrl_llm.config import RunConfig
+from jaxrl_llm.data.collate import collate
+from jaxrl_llm.learner.state import abstract_params, abstract_state
+from jaxrl_llm.learner.step import prepare
+
+ProgramName = Literal["train", "score"]
+PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A jitted step and what it is called with."""
+
+    name: ProgramName
+    step: Any  # jitted
+    arguments: tuple[Any, ...]  # jax.ShapeDtypeStruct for every array
+    rows: int  # of its batch, B
+    length: int  # positions of a row, S
+    model_flops: int  # of all devices together
+
+
+def make_programs(
+    config: RunConfig, mesh: Mesh, names: tuple[ProgramName, ...], *, rows: int = 0
+) -> list[StepProgram]:
+    """The programs of these names, of mini-batches of `rows` rows, or 0: one for each response.
+
+    Packed rows are fewer than the responses, by how much depends on their lengths. Rows are rounded
+    up as the loop does it. A config without a scoring pass has no score program: ValueError if it
+    is the only one asked for.
+    """
+    if rows < 0:
+        raise ValueError(f"--rows is {rows}; give the rows of a mini-batch, or 0 for the config's")
+    makers: dict[ProgramName, Callable[..., StepProgram]] = {"train": _train, "score": _score}
+    if config.learner.old_logprobs == "none":
+        del makers["score"]
+    wanted = [name for name in names if name in makers]
+    if not wanted:
+        raise ValueError(
+            f"--programs is {' '.join(names)}, but learner.old_logprobs 'none' leaves the scoring "
+            "pass out; ask for train"
+        )
+    shape = (config.rows(rows or config.responses), config.row_length)
+    return [makers[name](config, mesh, shape) for name in wanted]
+
+
+def _score(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> StepProgram:
+    step = learner_steps(config, mesh).score
+    arguments = (abstract_params(config.model, mesh), _collated(config, shape))
+    return _program("score", config, step, arguments, FORWARD)
+
+
+def _train(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> StepProgram:
+    step, optimizer = update_step(config, mesh), optimizers(config)[1]
+    arguments = (abstract_state(config.model, optimizer, mesh), _scored(config, mesh, shape))
+    return _program("train", config, step, arguments, TRAINING)
+
+
+def _program(
+    name: ProgramName, config: RunConfig, step: Any, arguments: tuple[Any, ...], passes: int
+) -> StepProgram:
+    rows, length = arguments[-1].inputs.shape
+    flops = model_flops(config.model, rows=rows, length=length, passes=passes)
+    return StepProgram(name, step, arguments, rows, length, flops)
+
+
+def _collated(config: RunConfig, shape: tuple[int, int]) -> TrainBatch:
+    """What collate gives: fields of the same types, of this shape [B, S]."""
+    smallest = collate([], np.zeros(0, np.float32), step=0, rows=1, length=1, pack=False)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(shape, leaf.dtype), smallest)
+    # The in-process engine always reports its routes, servers if they are asked to.
+    if config.learner.replay == "r3" or not config.rollout.sglang.servers:
+        model = config.model
+        routes = (*shape, model.num_moe_layers, model.moe.experts_per_token)
+        batch = dataclasses.replace(batch, routes=jax.ShapeDtypeStruct(routes, jnp.int16))
+    return batch
+
+
+def _scored(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> TrainBatch:
+    """What loop.py makes of it before an update: see its _score."""
+    steps, params = learner_steps(config, mesh), abstract_params(config.model, mesh)
+    batch = _collated(config, shape)
+    if config.loss.kl.coefficient:
+        reference = jax.eval_shape(steps.score_reference, params, batch)
+        batch = dataclasses.replace(batch, ref_logprobs=reference.logprobs)
+    if config.learner.old_logprobs == "score":
+        score = jax.eval_shape(steps.score, params, batch)
+        batch = jax.eval_shape(partial(prepare, replay=config.learner.replay), batch, score)
+    return batch

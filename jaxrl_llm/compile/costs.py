@@ -130,10 +130,10 @@ def _single(walk: _Walk, computation: Computation, instruction: Instruction) -> 
         return Cost(bytes=hbm_traffic(walk.program, computation, instruction), collectives=traffic)
     inner = _fused(walk, computation, instruction)
     flops, size = inner.flops, hbm_traffic(walk.program, computation, instruction)
-    cycles, rest = instruction.number("estimated_cycles"), 0.0
+    cycles, rest = instruction.cycles, 0.0
     if cycles is None and not asynchronous:
         rest = max(flops / walk.chip.flops, size / walk.chip.hbm_bandwidth)
-    return dataclasses.replace(inner, bytes=size, cycles=max(cycles or 0, 0), rest=rest)
+    return dataclasses.replace(inner, bytes=size, cycles=cycles or 0, rest=rest)
 
 
 def _fused(walk: _Walk, computation: Computation, instruction: Instruction) -> Cost:

@@ -81,9 +81,16 @@ class Instruction:
         return tuple(int(n) for n in found.group(1).split(",") if n) if found else ()
 
     def number(self, field: str) -> int | None:
-        """A number in the instruction's JSON, such as estimated_cycles; None if it is not there."""
+        """A number in the instruction's JSON, such as flops; None if it is not there."""
         found = re.search(rf'"{field}":"?(-?\d+)"?', self.attributes)
         return int(found.group(1)) if found else None
+
+    @property
+    def cycles(self) -> int | None:
+        """The TPU compiler's estimate of how long it takes; None where it has none."""
+        found = self.number("estimated_cycles")
+        # It says so by the largest number there is, or by none at all.
+        return found if found is not None and 0 <= found < 2**63 - 1 else None
 
     @property
     def origin(self) -> str:

@@ -228,9 +228,11 @@ def compile_steps(arguments: list[str], console: Console) -> int:
     mesh = topology_mesh(command.topology, config.learner.mesh)
     reports = []
     for program in make_programs(config, mesh, command.programs, rows=command.rows):
-        console.print(f"Compiling {program.name} for {mesh.size} devices of {command.topology} ...")
+        console.print(
+            f"Compiling {program.name} for the {mesh.size} devices of {command.topology} ..."
+        )
         reports.append(compile_program(program, chip, mesh.size))
-    title = f"{command.config} on {command.topology}, {mesh.size} devices"
+    title = f"{command.config} on {command.topology}"
     console.print(make_table(title, reports, chip))
     for line in notes(reports):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,9 @@ import os
 _PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=500"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PATIENT}"
 
+# The tests need libtpu for its compiler; with it installed, JAX would look for chips and complain.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax  # noqa: E402  (reads XLA_FLAGS)
 
 jax.config.update("jax_num_cpu_devices", 8)

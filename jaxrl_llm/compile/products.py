@@ -14,6 +14,10 @@ import numpy as np
 
 from jaxrl_llm.compile.hlo import Computation, Instruction, Shape
 
+# Kernels that the TPU compiler puts in by itself, without an estimate of their cost.
+_SOFTMAX = "online-softmax"
+_NO_PRODUCTS = "ragged-dot-metadata"  # which blocks of rows are of which group
+
 _LABELS = re.compile(r"(\w+)_(\w+)->(\w+)")
 
 
@@ -26,6 +30,8 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
             return _convolution(computation, instruction)
         case "ragged-dot":
             return _ragged_dot(computation, instruction)
+        case "custom-call" if instruction.origin == _SOFTMAX:
+            return _softmax(computation, instruction)
         case "custom-call":
             return instruction.number("flops") or 0
     return 0
@@ -37,6 +43,7 @@ def is_unknown_kernel(instruction: Instruction) -> bool:
         instruction.opcode == "custom-call"
         and "tpu_custom_call" in instruction.value("custom_call_target")
         and instruction.number("flops") is None
+        and instruction.origin not in (_SOFTMAX, _NO_PRODUCTS)
     )
 
 
@@ -65,6 +72,13 @@ def _ragged_dot(computation: Computation, instruction: Instruction) -> int:
         return 2 * elements // shared
     groups = instruction.integers("rhs_group_dims")
     return 2 * elements // shared // math.prod(right[i] for i in groups)
+
+
+def _softmax(computation: Computation, instruction: Instruction) -> int:
+    """The softmax of scores [..., Q, S] and its product with values [..., S, P]."""
+    scores = _operand(computation, instruction, 0)
+    values = _operand(computation, instruction, 1)
+    return 2 * scores.elements * values.sizes[-1]
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> int:

@@ -66,13 +66,18 @@ def make_programs(
 
 def _score(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> StepProgram:
     step = learner_steps(config, mesh).score
-    arguments = (abstract_params(config.model, mesh), _collated(config, shape))
+    arguments = (abstract_params(config.model, mesh), _unscored(config, mesh, shape))
     return _program("score", config, step, arguments, FORWARD)
 
 
 def _train(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> StepProgram:
     step, optimizer = update_step(config, mesh), optimizers(config)[1]
-    arguments = (abstract_state(config.model, optimizer, mesh), _scored(config, mesh, shape))
+    batch = _unscored(config, mesh, shape)
+    if config.learner.old_logprobs == "score":
+        params = abstract_params(config.model, mesh)
+        score = jax.eval_shape(learner_steps(config, mesh).score, params, batch)
+        batch = jax.eval_shape(partial(prepare, replay=config.learner.replay), batch, score)
+    arguments = (abstract_state(config.model, optimizer, mesh), batch)
     return _program("train", config, step, arguments, TRAINING)
 
 
@@ -96,14 +101,11 @@ def _collated(config: RunConfig, shape: tuple[int, int]) -> TrainBatch:
     return batch
 
 
-def _scored(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> TrainBatch:
-    """What loop.py makes of it before an update: see its _score."""
-    steps, params = learner_steps(config, mesh), abstract_params(config.model, mesh)
+def _unscored(config: RunConfig, mesh: Mesh, shape: tuple[int, int]) -> TrainBatch:
+    """What loop.py gives the scoring pass: with the log-probabilities of a reference, if any."""
     batch = _collated(config, shape)
-    if config.loss.kl.coefficient:
-        reference = jax.eval_shape(steps.score_reference, params, batch)
-        batch = dataclasses.replace(batch, ref_logprobs=reference.logprobs)
-    if config.learner.old_logprobs == "score":
-        score = jax.eval_shape(steps.score, params, batch)
-        batch = jax.eval_shape(partial(prepare, replay=config.learner.replay), batch, score)
-    return batch
+    if not config.loss.kl.coefficient:
+        return batch
+    steps, params = learner_steps(config, mesh), abstract_params(config.model, mesh)
+    reference = jax.eval_shape(steps.score_reference, params, batch)
+    return dataclasses.replace(batch, ref_logprobs=reference.logprobs)

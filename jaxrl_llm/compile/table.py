@@ -65,7 +65,7 @@ def _collectives(kind: str, report: Report) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:,.2f} MiB"
+    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.2f} MiB"
 
 
 def notes(reports: Sequence[Report]) -> list[str]:

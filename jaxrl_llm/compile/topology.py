@@ -58,6 +58,8 @@ def _devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     # A TPU machine's chips are not taken, and libtpu is not asked for chips where there are none.
     jax.config.update("jax_platforms", "cpu")
+    # A program from the cache would have no time of compilation to report.
+    jax.config.update("jax_enable_compilation_cache", False)
     options: dict[str, Any] = {}
     if chip.name == "v4":
         options["chip_config_name"] = "megacore"  # two cores are one device, as on v5p

@@ -122,3 +122,17 @@ def test_a_kernel_says_itself_what_it_costs_or_is_unknown() -> None:
     for text, unknown in ((estimate, False), ("", True)):
         root = parse(KERNEL.format(estimate=text)).computations["main"].root
         assert is_unknown_kernel(root) is unknown
+
+
+SOFTMAX = """
+ENTRY %main (a: f32[2,2,256,128], b: f32[2,2,128,64]) -> f32[2,2,256,64] {
+  %a = f32[2,2,256,128]{3,2,1,0:T(8,128)} parameter(0)
+  %b = f32[2,2,128,64]{3,2,1,0:T(8,128)} parameter(1)
+  ROOT %online-softmax = f32[2,2,256,64]{3,2,1,0:T(8,128)S(1)} custom-call(%a, %b), custom_call_target="tpu_custom_call", metadata={op_name="online-softmax"}, backend_config={"custom_call_config":{"body":"TUzvUg"}}
+}
+"""  # noqa: E501
+
+
+def test_the_compilers_own_softmax_kernel_multiplies_shares_with_values() -> None:
+    assert flops_of(SOFTMAX) == 2 * (2 * 2 * 256 * 128) * 64
+    assert not is_unknown_kernel(parse(SOFTMAX).computations["main"].root)

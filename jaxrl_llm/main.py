@@ -27,7 +27,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from jaxrl_llm.config import RunConfig
 
-DOES_NOT_FIT = 2  # exit status where a compiled program leaves too little memory free
+DOES_NOT_FIT = 4  # exit status where a compiled program leaves too little memory free
 INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM, as a shell reports it
 STOPPED_EARLY = 3  # exit status of a run that its early warning ended
 
@@ -78,7 +78,7 @@ class Compile:
     """Compile a config's steps for a TPU pod without one: memory, FLOPs, collectives, time.
 
     Every setting of the experiment is a flag after these, as with train.
-    Exits with 2 where less of a chip's memory is free than asked for.
+    Exits with 4 where less of a chip's memory is free than asked for.
     """
 
     config: tyro.conf.Positional[Path]  # Python file with get_config() -> RunConfig
@@ -224,6 +224,10 @@ def compile_steps(arguments: list[str], console: Console) -> int:
     from jaxrl_llm.compile.table import make_table, notes, to_json
     from jaxrl_llm.compile.topology import topology_mesh
 
+    if not 0 <= command.free < 1:
+        raise ValueError(f"--free is {command.free}; it must be a share, from 0 to below 1")
+    if command.json is not None and not command.json.parent.is_dir():
+        raise ValueError(f"--json is {command.json}, but {command.json.parent} is no folder")
     chip, _ = chip_of(command.topology)
     mesh = topology_mesh(command.topology, config.learner.mesh)
     reports = []

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from jaxrl_llm.compile.chips import Chip
 from jaxrl_llm.compile.hlo import Computation, Instruction, Program, trip_count
 from jaxrl_llm.compile.products import is_unknown_kernel, product_flops
-from jaxrl_llm.compile.traffic import exchange, hbm_traffic
+from jaxrl_llm.compile.traffic import Exchange, exchange, hbm_traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +122,21 @@ def _instruction(walk: _Walk, computation: Computation, instruction: Instruction
 
 def _single(walk: _Walk, computation: Computation, instruction: Instruction) -> Cost:
     """The cost of an instruction that runs as one: a fusion with all that is in it."""
-    moved = exchange(computation, instruction, walk.devices)
     asynchronous = instruction.opcode.endswith("-start")
+    moved = exchange(computation, instruction, walk.devices)
+    size = hbm_traffic(walk.program, computation, instruction)
     if moved is not None:
-        waited, hidden = (0.0, moved.received) if asynchronous else (moved.received, 0.0)
-        traffic = {moved.kind: Traffic(1, moved.size, waited, hidden)}
-        return Cost(bytes=hbm_traffic(walk.program, computation, instruction), collectives=traffic)
+        cost = _exchanged(moved)
+        return dataclasses.replace(_beside(cost) if asynchronous else cost, bytes=size)
     inner = _fused(walk, computation, instruction)
-    flops, size = inner.flops, hbm_traffic(walk.program, computation, instruction)
     cycles, rest = instruction.cycles, 0.0
     if cycles is None and not asynchronous:
-        rest = max(flops / walk.chip.flops, size / walk.chip.hbm_bandwidth)
+        rest = max(inner.flops / walk.chip.flops, size / walk.chip.hbm_bandwidth)
     return dataclasses.replace(inner, bytes=size, cycles=cycles or 0, rest=rest)
+
+
+def _exchanged(moved: Exchange) -> Cost:
+    return Cost(collectives={moved.kind: Traffic(1, moved.size, moved.received, 0)})
 
 
 def _fused(walk: _Walk, computation: Computation, instruction: Instruction) -> Cost:
@@ -145,23 +148,28 @@ def _fused(walk: _Walk, computation: Computation, instruction: Instruction) -> C
     inner = walk.program.computations[instruction.called("calls")]
     total = Cost()
     for part in inner.instructions.values():
-        if exchange(inner, part, walk.devices) is None:
+        moved = exchange(inner, part, walk.devices)
+        if moved is None:
             total += _fused(walk, inner, part)
-        elif not _goes_on(inner, part):
-            total += _beside(_single(walk, inner, part))
+        elif inner.name.startswith("all-reduce-scatter"):
+            # A sum of which each device keeps its slice. The sum is written, not computed whole.
+            half = dataclasses.replace(moved, kind="reduce-scatter", received=moved.received / 2)
+            total += _exchanged(half)
+        elif "async_collective_fusion_config" not in part.attributes:
+            total += _exchanged(moved)
+        elif _starts(inner, part):
+            total += _beside(_exchanged(moved))
     return total
 
 
-def _goes_on(inner: Computation, part: Instruction) -> bool:
-    """Whether it is a later stretch of a collective that an earlier fusion started.
+def _starts(inner: Computation, part: Instruction) -> bool:
+    """Whether a collective starts here, of those that a TPU spreads over several fusions.
 
-    A TPU spreads a collective over several fusions to run it beside them: the first hands it to a
-    call of AsyncCollectiveStart, and each of the others repeats the instruction.
+    To run beside them: the first hands it to a call of AsyncCollectiveStart, and each of the others
+    repeats the instruction.
     """
-    if "async_collective_fusion_config" not in part.attributes:
-        return False
     readers = inner.users.get(part.name, [])
-    return not any("AsyncCollectiveStart" in reader.attributes for reader in readers)
+    return any("AsyncCollectiveStart" in reader.attributes for reader in readers)
 
 
 def _beside(cost: Cost) -> Cost:

@@ -65,6 +65,7 @@ class Report:
     memory: Memory | None = None  # this and what follows is None after a failure
     cost: Cost | None = None
     times: Times | None = None
+    repeated: float | None = None  # FLOPs of all devices over model FLOPs: what is computed in vain
     utilisation: float | None = None  # model FLOPs per second by times.step, share of the peak
 
     def free(self, chip: Chip) -> float:
@@ -92,6 +93,7 @@ def compile_program(program: StepProgram, chip: Chip, devices: int) -> Report:
         memory=_memory(compiled),
         cost=cost,
         times=times,
+        repeated=devices * cost.flops / program.model_flops,
         utilisation=program.model_flops / (devices * chip.flops * times.step),
     )
 

@@ -31,6 +31,7 @@ def make_table(title: str, reports: Sequence[Report], chip: Chip) -> Table:
     row(f"free of {_size(chip.hbm)}", lambda r: f"{r.free(chip):.1%}" if r.memory else "none")
     table.add_section()
     row("FLOPs of products", lambda r: f"{r.cost.flops:.3e}" if r.cost else "-")
+    row("  of all, over model FLOPs", lambda r: f"{r.repeated:.2f}" if r.repeated else "-")
     row("HBM traffic", lambda r: _size(r.cost.bytes) if r.cost else "-")
     for kind in sorted({kind for r in reports if r.cost for kind in r.cost.collectives}):
         row(kind, partial(_collectives, kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,8 +16,8 @@ import jax
 import pytest
 
 from jaxrl_llm.compile.chips import CHIPS
-from jaxrl_llm.compile.programs import make_programs
-from jaxrl_llm.main import DOES_NOT_FIT, main
+from jaxrl_llm.compile.programs import PROGRAMS, make_programs
+from jaxrl_llm.main import DOES_NOT_FIT, Compile, main
 from jaxrl_llm.sharding import make_mesh
 from tests.compile.small import LENGTH, ROWS, forward_flops, get_config, training_flops
 
@@ -95,7 +96,10 @@ def test_collectives_gather_the_parameters_and_sum_the_gradient(
         moved = sum(collectives[kind]["size"] for kind in ("all-gather", "all-reduce"))
         # In float32; what both micro-batches need may be fetched once for both.
         assert moved > 4 * 0.9 * parameters
-    assert costs[0]["all-reduce"]["size"] > costs[1]["all-reduce"]["size"]
+    # The gradients of the matrices are summed, each device keeping its slice.
+    assert "reduce-scatter" not in costs[1]
+    summed = sum(costs[0][kind]["size"] for kind in ("reduce-scatter", "all-reduce"))
+    assert summed > 4 * 0.9 * parameters
 
 
 def test_times_and_utilisation_follow_from_the_costs(
@@ -110,6 +114,9 @@ def test_times_and_utilisation_follow_from_the_costs(
         assert times["step"] >= times["roofline"] >= cost["flops"] / chip.flops
         rate = found["model_flops"] / times["step"] / 4
         assert found["utilisation"] == pytest.approx(rate / chip.flops)
+        # All eight experts for each token, where the model needs two.
+        assert found["repeated"] == pytest.approx(4 * cost["flops"] / found["model_flops"])
+        assert 2 < found["repeated"] < 4
 
 
 def test_the_table_names_what_is_in_it(compiled: tuple[str, dict[str, Any]]) -> None:
@@ -147,6 +154,11 @@ def test_a_topology_that_cannot_be_is_refused(topology: str, message: str) -> No
     assert message in output
 
 
+def test_the_command_offers_the_programs_that_there_are() -> None:
+    (offered,) = (field for field in dataclasses.fields(Compile) if field.name == "programs")
+    assert offered.default == PROGRAMS
+
+
 def test_errors_before_the_compiler_is_loaded_name_the_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +167,13 @@ def test_errors_before_the_compiler_is_loaded_name_the_remedy(
     for topology in ("v9:2x2", "v5e", "v5e:0x2x", "v5e:2x2x2x2"):
         assert main(["compile", str(SMALL), "--topology", topology]) == 1
         assert "must be one of v4, v5e, v5p, v6e" in capsys.readouterr().err
+    wrong = {
+        ("--free", "1.5"): "--free is 1.5",
+        ("--json", "nowhere/needs.json"): "nowhere is no folder",
+    }
+    for flags, message in wrong.items():
+        assert main(["compile", str(SMALL), "--topology", "v5e:2x2", *flags]) == 1
+        assert message in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     assert main(["compile", str(SMALL), "--topology", "v5e:2x2"]) == 1

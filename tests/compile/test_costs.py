@@ -205,3 +205,26 @@ def test_costs_add_and_multiply() -> None:
     assert total.collectives["all-gather"] == Traffic(3, 30, 15, 0)
     assert total.collectives["all-to-all"] == Traffic(1, 1, 1, 1)
     assert (total.once, total.unknown) == (frozenset({"a"}), frozenset({"k"}))
+
+
+SCATTERED = """
+HloModule jit_f, is_scheduled=true, num_partitions=4
+
+%all-reduce-scatter.1 (p.0: f32[256,512]) -> f32[64,512] {
+  %p.0 = f32[256,512]{1,0:T(8,128)} parameter(0)
+  %partition-id.1 = u32[]{:T(128)} partition-id()
+  %all-reduce.1 = f32[256,512]{1,0:T(8,128)} all-reduce(%p.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[64,512]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %partition-id.1, %partition-id.1), dynamic_slice_sizes={64,512}
+}
+
+ENTRY %main (a.0: f32[256,512]) -> f32[64,512] {
+  %a.0 = f32[256,512]{1,0:T(8,128)} parameter(0)
+  ROOT %fusion.1 = f32[64,512]{1,0:T(8,128)} fusion(%a.0), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_a_sum_of_which_a_slice_is_kept_is_a_reduce_scatter() -> None:
+    whole = 256 * 512 * 4
+    collectives = cost_of(SCATTERED, devices=4).collectives
+    assert collectives == {"reduce-scatter": Traffic(1, whole, whole * 3 / 4, 0)}

@@ -44,7 +44,13 @@ def topology_mesh(topology: str, config: MeshConfig) -> Mesh:
             f"{topology} has {len(devices)}; change an axis, such as --learner.mesh.fsdp, or the "
             "topology, until they agree"
         )
-    return make_mesh(config, devices)
+    try:
+        return make_mesh(config, devices)
+    except NotImplementedError as error:
+        # JAX lays an axis of the mesh along whole axes of the torus, here as on the pod itself.
+        raise ValueError(
+            f"learner.mesh cannot be laid over --topology {topology}: {error}"
+        ) from error
 
 
 def _devices(topology: str) -> list[Any]:

@@ -142,14 +142,21 @@ def test_too_little_free_memory_fails_and_settings_are_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "message"),
+    ("topology", "flags", "message"),
     [
-        ("v5p:3x5x7", "v5p:3x5x7', which the TPU compiler refuses"),
-        ("v6e:2x4", "fsdp 4 x expert 1 x tensor 1 = 4 devices, and --topology v6e:2x4 has 8"),
+        ("v5p:3x5x7", (), "v5p:3x5x7', which the TPU compiler refuses"),
+        ("v6e:2x4", (), "= 4 devices, and --topology v6e:2x4 has 8"),
+        (
+            "v5p:4x4x4",
+            ("--learner.mesh.data", "2", "--learner.mesh.fsdp", "32"),
+            "cannot be laid over --topology v5p:4x4x4",
+        ),
     ],
 )
-def test_a_topology_that_cannot_be_is_refused(topology: str, message: str) -> None:
-    status, output = compile_small("--topology", topology)
+def test_a_topology_that_cannot_be_is_refused(
+    topology: str, flags: tuple[str, ...], message: str
+) -> None:
+    status, output = compile_small("--topology", topology, *flags)
     assert status == 1
     assert message in output
 

@@ -28,8 +28,6 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
             return _dot(computation, instruction)
         case "convolution":
             return _convolution(computation, instruction)
-        case "ragged-dot":
-            return _ragged_dot(computation, instruction)
         case "custom-call" if instruction.origin == _SOFTMAX:
             return _softmax(computation, instruction)
         case "custom-call":
@@ -55,23 +53,6 @@ def _dot(computation: Computation, instruction: Instruction) -> int:
     left = _operand(computation, instruction, 0).sizes
     contracted = instruction.integers("lhs_contracting_dims")
     return 2 * instruction.shapes[0].elements * math.prod(left[i] for i in contracted)
-
-
-def _ragged_dot(computation: Computation, instruction: Instruction) -> int:
-    """[M, K] with the matrix of its row's group [G, K, N], or a product for each group of rows.
-
-    As many FLOPs as if no row were outside of all groups.
-    """
-    left = _operand(computation, instruction, 0).sizes
-    right = _operand(computation, instruction, 1).sizes
-    contracted = instruction.integers("lhs_contracting_dims")
-    ragged = instruction.integers("lhs_ragged_dims")
-    elements = math.prod(left) * math.prod(right)
-    shared = math.prod(left[i] for i in contracted)
-    if set(ragged) <= set(contracted):
-        return 2 * elements // shared
-    groups = instruction.integers("rhs_group_dims")
-    return 2 * elements // shared // math.prod(right[i] for i in groups)
 
 
 def _softmax(computation: Computation, instruction: Instruction) -> int:

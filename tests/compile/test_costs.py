@@ -137,6 +137,8 @@ def test_a_recorded_tpu_program_is_read_as_it_was_written() -> None:
     assert (reduced.count, reduced.size) == (6, 5 * matrix + 4)
     assert not cost.once
     assert cost.cycles > 0
+    # Through HBM: shards of the matrices twice, x, and the gradient; the rest stays on the chip.
+    assert cost.bytes == pytest.approx(2 * 5 * matrix / 4 + 256 * 512 * 2 + 5 * matrix, rel=1e-3)
     assert 0 < cost.rest < 1e-6  # little is left that the compiler gives no cycles
 
 
@@ -228,3 +230,24 @@ def test_a_sum_of_which_a_slice_is_kept_is_a_reduce_scatter() -> None:
     whole = 256 * 512 * 4
     collectives = cost_of(SCATTERED, devices=4).collectives
     assert collectives == {"reduce-scatter": Traffic(1, whole, whole * 3 / 4, 0)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,2},{1,3},{4,6},{5,7}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1':(1)2}", 2),
+        ("{}", 8),
+    ],
+)
+def test_groups_are_read_however_they_are_written(groups: str, size: int) -> None:
+    text = (
+        "ENTRY %main (a: f32[64]) -> f32[64] {\n  %a = f32[64]{0} parameter(0)\n"
+        f"  ROOT %r = f32[64]{{0}} all-reduce(%a), replica_groups={groups}, to_apply=%add\n}}"
+    )
+    received = cost_of(text, devices=8).collectives["all-reduce"].waited
+    assert received == pytest.approx(2 * 256 * (size - 1) / size)

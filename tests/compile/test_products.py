@@ -93,7 +93,7 @@ def test_a_tpu_writes_products_as_convolutions(
         {"window_strides": (1, 1), "padding": "VALID"},
         {"window_strides": (2, 1), "padding": ((1, 2), (0, 3))},
         {"window_strides": (1, 2), "padding": ((2, 2), (1, 0)), "lhs_dilation": (2, 3)},
-        {"window_strides": (1, 1), "padding": "VALID", "rhs_dilation": (2, 1)},
+        {"window_strides": (1, 1), "padding": "SAME", "rhs_dilation": (2, 3)},
         {"window_strides": (1, 1), "padding": "SAME", "feature_group_count": 2},
     ],
 )

@@ -72,6 +72,7 @@ def test_arguments_are_the_shards_of_state_and_batch(
     train, score = (found["memory"] for found in compiled[1]["programs"])
     # The state is donated: its successor takes its place. A scoring pass leaves all as it was.
     assert train["donated"] > 0.99 * train["arguments"]
+    assert train["outputs"] < 0.05 * train["donated"]
     assert score["donated"] == 0
 
 

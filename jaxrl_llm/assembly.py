@@ -122,9 +122,7 @@ class Job:
     @property
     def row_length(self) -> int:
         """Positions of a row, S."""
-        wanted = self.config.learner.row_length or self.config.rollout.max_length - 1
-        context = self.config.learner.mesh.context
-        return -(-wanted // context) * context
+        return self.config.row_length
 
     def version(self, progress: Progress) -> int:
         """The weight version: finished RL steps."""
@@ -136,8 +134,7 @@ class Job:
 
     def rows(self, needed: int) -> int:
         """`needed` rows and those of padding that let them divide into micro-batches on devices."""
-        multiple = self.config.learner.row_multiple
-        return -(-needed // multiple) * multiple
+        return self.config.rows(needed)
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
         """The batch with its rows split over the mesh."""
@@ -151,7 +148,7 @@ class Job:
     def train_step(self, progress: Progress) -> TrainStep:
         """The compiled update with that loss."""
         config = dataclasses.replace(self.config, loss=self.loss(progress))
-        return _train_step(_compiled(config), self.layout)
+        return update_step(config, self.layout)
 
 
 def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
@@ -180,7 +177,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     _check_size(config, len(train))
     _check_length(config, heldout)
     layout = make_layout(config.learner.mesh)
-    cold_optimizer, optimizer = _optimizers(config)
+    cold_optimizer, optimizer = optimizers(config)
     journal = make_journal(config)
     engine = make_engine(config, tokenizer, heldout[0], layout, journal, stack)
     log = stack.enter_context(RunWriter(config.directory, config.log))
@@ -197,7 +194,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=_steps(_compiled(config), layout),
+        steps=learner_steps(config, layout),
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
@@ -205,12 +202,22 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     )
 
 
-def _optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
+def optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
     """Of the cold start and of RL."""
     return (
         make_optimizer(config.cold_start.optimizer, config.cold_start.steps),
         make_optimizer(config.learner.optimizer, config.steps * config.learner.mini_batches),
     )
+
+
+def learner_steps(config: RunConfig, layout: Layout) -> Steps:
+    """The steps that a run of this config compiles, all but its update."""
+    return _steps(_compiled(config), layout)
+
+
+def update_step(config: RunConfig, layout: Layout) -> TrainStep:
+    """The update that a run of this config compiles."""
+    return _train_step(_compiled(config), layout)
 
 
 def _compiled(config: RunConfig) -> RunConfig:
@@ -221,7 +228,7 @@ def _compiled(config: RunConfig) -> RunConfig:
 
 @functools.lru_cache(maxsize=4)
 def _train_step(config: RunConfig, layout: Layout) -> TrainStep:
-    optimizer, temperature = _optimizers(config)[1], config.rollout.temperature
+    optimizer, temperature = optimizers(config)[1], config.rollout.temperature
     return make_train_step(
         config.model, config.learner, config.loss, optimizer, layout, temperature=temperature
     )
@@ -230,7 +237,7 @@ def _train_step(config: RunConfig, layout: Layout) -> TrainStep:
 @functools.lru_cache(maxsize=4)
 def _steps(config: RunConfig, layout: Layout) -> Steps:
     model, learner, temperature = config.model, config.learner, config.rollout.temperature
-    cold_optimizer = _optimizers(config)[0]
+    cold_optimizer = optimizers(config)[0]
     natural = dataclasses.replace(learner, mini_batches=1, replay="none", replay_gates=False)
     return Steps(
         sft=make_sft_step(model, learner, config.loss, cold_optimizer, layout),

@@ -147,6 +147,22 @@ class RunConfig:
         """The run directory."""
         return Path(self.run_dir.replace("{seed}", str(self.seed)))
 
+    @property
+    def responses(self) -> int:
+        """Responses of a mini-batch."""
+        return self.rollout.groups // self.learner.mini_batches * self.rollout.samples
+
+    @property
+    def row_length(self) -> int:
+        """Positions of a row, S: they divide over the context axis."""
+        wanted = self.learner.row_length or self.rollout.max_length - 1
+        return -(-wanted // self.learner.mesh.context) * self.learner.mesh.context
+
+    def rows(self, needed: int) -> int:
+        """`needed` rows and those of padding that let them divide into micro-batches on devices."""
+        multiple = self.learner.row_multiple
+        return -(-needed // multiple) * multiple
+
 
 def _check(config: RunConfig) -> None:
     """Contradictions between parts, each with its remedy."""

@@ -177,9 +177,8 @@ def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[Train
 
 def _rows(job: Job, parts: Sequence[Sequence[Rollout]]) -> int:
     """Rows of every mini-batch; few different numbers, since each one compiles the steps anew."""
-    learner, rollout = job.config.learner, job.config.rollout
-    unpacked = rollout.groups // learner.mini_batches * rollout.samples
-    if not learner.pack:
+    unpacked = job.config.responses
+    if not job.config.learner.pack:
         return job.rows(unpacked)
     lengths = [[r.tokens.size - 1 for r in part] for part in parts]
     needed = max(rows_needed(part, length=job.row_length, pack=True) for part in lengths)

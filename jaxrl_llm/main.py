@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train | eval | export | report | first-order`.
+"""The command line: `jaxrl-llm train | eval | export | report | compile | first-order`.
 
 What it is: argument parsing (tyro, from the frozen config dataclasses) and the handling of signals.
 What it is not: the job, which is loop.run. Everything heavy is imported inside the command that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -17,12 +18,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from jaxrl_llm.config import RunConfig
+
+DOES_NOT_FIT = 4  # exit status where a compiled program leaves too little memory free
 INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM, as a shell reports it
 STOPPED_EARLY = 3  # exit status of a run that its early warning ended
 
@@ -69,6 +74,22 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compile:
+    """Compile a config's steps for a TPU pod without one: memory, FLOPs, collectives, time.
+
+    Every setting of the experiment is a flag after these, as with train.
+    Exits with 4 where less of a chip's memory is free than asked for.
+    """
+
+    config: tyro.conf.Positional[Path]  # Python file with get_config() -> RunConfig
+    topology: str  # chips along each axis of the pod slice, such as v5p:4x4x4 or v5e:2x4
+    programs: tuple[Literal["train", "score"], ...] = ("train", "score")  # steps to compile
+    rows: int = 0  # rows of a mini-batch, of all devices; 0: one for each response, also if packed
+    free: float = 0.1  # share of a chip's memory that must be left
+    json: Path | None = None  # file to write all numbers to
+
+
+@dataclasses.dataclass(frozen=True)
 class FirstOrder:
     """Measure when the token-level gradient is the sequence-level one, on tiny exact policies.
 
@@ -82,6 +103,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Compile, tyro.conf.subcommand("compile")]
     | Annotated[FirstOrder, tyro.conf.subcommand("first-order")]
 )
 
@@ -95,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if len(arguments) >= 2 and arguments[0] == "train" and not arguments[1].startswith("-"):
             return train(Path(arguments[1]), arguments[2:], console)
+        if len(arguments) >= 2 and arguments[0] == "compile" and not arguments[1].startswith("-"):
+            return compile_steps(arguments[1:], console)
         if arguments[:1] == ["first-order"]:
             return first_order(arguments[1:], console)
         command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")
@@ -104,6 +128,8 @@ def main(arguments: list[str] | None = None) -> int:
             return export(command, console)
         if isinstance(command, Report):
             return report(command.run, console)
+        if isinstance(command, Compile):
+            return compile_steps(arguments[1:], console)
         if isinstance(command, FirstOrder):
             return first_order([], console)
         return train(command.config, [], console)
@@ -120,15 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(path: Path, overrides: list[str], console: Console) -> int:
     """Run a config file with command-line overrides; see Train."""
-    from jaxrl_llm.config import RunConfig, load_config
-
-    config = tyro.cli(
-        RunConfig,
-        default=load_config(path),
-        args=overrides,
-        prog=f"jaxrl-llm train {path}",
-        description=f"Settings of the experiment, with the values that {path} gives them.",
-    )
+    config = _overridden(path, overrides, f"train {path}")
     _use_compilation_cache()
     from jaxrl_llm import loop
     from jaxrl_llm.display import Display, summary
@@ -192,6 +210,59 @@ def report(run: Path, console: Console) -> int:
 
     console.print(f"Report: {write_report(run)}", soft_wrap=True)
     return 0
+
+
+def compile_steps(arguments: list[str], console: Console) -> int:
+    """Compile a config for a topology; see Compile."""
+    command, overrides = tyro.cli(
+        Compile, args=arguments, prog="jaxrl-llm compile", return_unknown_args=True
+    )
+    config = _overridden(command.config, overrides, f"compile {command.config}")
+    from jaxrl_llm.compile.chips import chip_of
+    from jaxrl_llm.compile.programs import make_programs
+    from jaxrl_llm.compile.report import compile_program
+    from jaxrl_llm.compile.table import make_table, notes, to_json
+    from jaxrl_llm.compile.topology import topology_layout
+    from jaxrl_llm.sharding import AXES
+
+    if not 0 <= command.free < 1:
+        raise ValueError(f"--free is {command.free}; it must be a share, from 0 to below 1")
+    if command.json is not None and not command.json.parent.is_dir():
+        raise ValueError(f"--json is {command.json}, but {command.json.parent} is no folder")
+    chip, _ = chip_of(command.topology)
+    layout = topology_layout(command.topology, config.learner.mesh)
+    devices = layout.size(AXES)
+    reports = []
+    for program in make_programs(config, layout, command.programs, rows=command.rows):
+        console.print(
+            f"Compiling {program.name} for the {devices} devices of {command.topology} ..."
+        )
+        reports.append(compile_program(program, chip, devices))
+    title = f"{command.config} on {command.topology}"
+    console.print(make_table(title, reports, chip))
+    for line in notes(reports):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if command.json is not None:
+        values = to_json(command.topology, devices, chip, reports)
+        command.json.write_text(json.dumps(values, indent=2) + "\n")
+        console.print(f"Written: {command.json}", soft_wrap=True)
+    tight = [report.name for report in reports if report.free(chip) < command.free]
+    if tight:
+        console.print(f"Less than {command.free:.0%} of memory is free in: {', '.join(tight)}")
+    return DOES_NOT_FIT if tight else 0
+
+
+def _overridden(path: Path, overrides: list[str], command: str) -> RunConfig:
+    """The config of a file with command-line overrides."""
+    from jaxrl_llm.config import RunConfig, load_config
+
+    return tyro.cli(
+        RunConfig,
+        default=load_config(path),
+        args=overrides,
+        prog=f"jaxrl-llm {command}",
+        description=f"Settings of the experiment, with the values that {path} gives them.",
+    )
 
 
 def first_order(overrides: list[str], console: Console) -> int:

@@ -2,9 +2,12 @@
 
 import os
 
-# Enough threads for the collectives of eight devices; see sharding.make_layout, which comes too late
+# Enough threads for the collectives of eight devices; see sharding.make_layout, which is too late
 # where a test has used JAX before.
 os.environ.setdefault("PJRT_NPROC", "64")
+
+# The tests need libtpu for its compiler; with it installed, JAX would look for chips and complain.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 

@@ -44,6 +44,7 @@ LEVEL_4 = {
     "report",
     "display",
     "bench",
+    "compile",
     "first_order",
 }
 LEVEL_5 = {"main"}

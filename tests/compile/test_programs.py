@@ -1,0 +1,121 @@
+"""What is compiled is what the loop runs: the arguments of its steps, recorded, are the same."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxrl_llm import assembly, loop
+from jaxrl_llm.compile.programs import make_programs
+from jaxrl_llm.config import ColdStartConfig, RunConfig
+from jaxrl_llm.rollout.sglang import SGLangConfig
+from jaxrl_llm.sharding import MeshConfig, make_layout
+from tests.tiny import tiny_config, vary
+
+
+def described(arguments: Any) -> Any:
+    """Arguments with the shape and type of every array; what is None stays so."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", arguments)
+
+
+class Trained(Exception):
+    """The first update is reached; what it would compute is of no interest here."""
+
+
+def ending(calls: list[Any]) -> Callable[..., Any]:
+    """An update that notes its arguments and ends the run."""
+
+    def update(*arguments: Any) -> Any:
+        calls.append(described(arguments))
+        raise Trained
+
+    return update
+
+
+def recording(step: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        calls.append(described(arguments))
+        return step(*arguments)
+
+    return called
+
+
+def one_step(run_dir: Path) -> RunConfig:
+    """One RL step from random weights."""
+    config = dataclasses.replace(tiny_config(run_dir), steps=1, cold_start=ColdStartConfig())
+    config = vary(config, "evaluation", every=0)
+    return vary(config, "learner", mesh=MeshConfig(data=2), micro_batches=3)
+
+
+def with_penalty(config: RunConfig) -> RunConfig:
+    kl = dataclasses.replace(config.loss.kl, coefficient=0.1)
+    return vary(vary(config, "loss", kl=kl), "learner", replay_gates=True, row_length=40)
+
+
+def without_score(config: RunConfig) -> RunConfig:
+    return vary(config, "learner", old_logprobs="none", mini_batches=1, replay="none")
+
+
+def replaying_its_own(config: RunConfig) -> RunConfig:
+    return vary(config, "learner", replay="r2")
+
+
+@pytest.mark.parametrize("change", [with_penalty, without_score, replaying_its_own])
+def test_the_programs_take_what_the_loop_gives_its_steps(
+    change: Callable[[RunConfig], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(one_step(tmp_path / "run"))
+    steps = assembly.learner_steps
+    trained: list[Any] = []
+    scored: list[Any] = []
+    monkeypatch.setattr(assembly, "update_step", lambda *parts: ending(trained))
+    monkeypatch.setattr(
+        assembly,
+        "learner_steps",
+        lambda *parts: dataclasses.replace(
+            steps(*parts), score=recording(steps(*parts).score, scored)
+        ),
+    )
+    with pytest.raises(Trained):
+        list(loop.run(config))
+    monkeypatch.undo()
+    programs = make_programs(config, make_layout(config.learner.mesh), ("train", "score"))
+    found = {program.name: described(program.arguments) for program in programs}
+    assert [found["train"]] == trained
+    if config.learner.old_logprobs == "none":
+        assert list(found) == ["train"]
+        assert not scored
+    else:
+        assert found["score"] == scored[0]
+
+
+def test_servers_send_routes_only_if_they_are_replayed(tmp_path: Path) -> None:
+    config = one_step(tmp_path)
+    mesh = make_layout(config.learner.mesh)
+    servers = dataclasses.replace(
+        config.rollout, sglang=SGLangConfig(servers=("http://127.0.0.1:1",), max_length=64)
+    )
+    config = dataclasses.replace(config, rollout=servers)
+    for replay, there in (("r3", True), ("none", False)):
+        varied = vary(config, "learner", replay=replay)
+        (score,) = make_programs(varied, mesh, ("score",))
+        assert (score.arguments[1].routes is not None) == there
+
+
+def test_rows_can_be_given_and_are_rounded_up_to_the_mesh(tmp_path: Path) -> None:
+    config = one_step(tmp_path)
+    mesh = make_layout(config.learner.mesh)
+    (score,) = make_programs(config, mesh, ("score",), rows=7)
+    assert score.rows == 12  # 3 micro-batches on 2 devices
+    assert score.arguments[1].routes.shape == (12, 27, 2, 2)
+    with pytest.raises(ValueError, match="--rows is -1"):
+        make_programs(config, mesh, ("score",), rows=-1)
+
+
+def test_a_scoring_pass_that_there_is_none_of_is_refused_by_name(tmp_path: Path) -> None:
+    config = without_score(one_step(tmp_path))
+    with pytest.raises(ValueError, match=r"learner\.old_logprobs 'none'"):
+        make_programs(config, make_layout(config.learner.mesh), ("score",))

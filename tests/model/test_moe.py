@@ -225,6 +225,24 @@ def test_expert_parallel_values_and_gradients_equal_the_reference(
     check_against_reference(experts(), implementation, make_layout(MeshConfig(*axes)))
 
 
+def test_tokens_travel_to_their_experts_and_parameters_stay() -> None:
+    layout = make_layout(MeshConfig(expert=4))
+    tokens = PartitionSpec("expert")
+    share = layout.shard(
+        partial(moe.dispatch, implementation="blocked", layout=layout),
+        (tokens, tokens, tokens, {name: layout.spec(names) for name, names in NAMES.items()}),
+        tokens,
+    )
+    rows = NamedSharding(layout.mesh, tokens)
+    x, experts, weights = normal(TOKENS, WIDTH), balanced(), normal(TOKENS, PER_TOKEN)
+    arguments = jax.device_put((x, experts, weights), rows)
+    params = jax.device_put(expert_params(), parameter_shardings(expert_params(), NAMES, layout))
+    program = jax.jit(share).lower(*arguments, params).compile().as_text()
+    assert "all-to-all" in program
+    assert "all-gather" not in program
+    assert "reduce-scatter" not in program
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_tokens_add_up_in_float32(implementation: Dispatch) -> None:
     """Parameter gradients sum over tokens; in bfloat16 the sum would stall."""

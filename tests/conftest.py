@@ -4,7 +4,7 @@ import os
 
 # Enough threads for the collectives of eight devices; see sharding.make_mesh, which comes too late
 # where a test has used JAX before.
-os.environ.setdefault("PJRT_NPROC", "64")
+os.environ.setdefault("PJRT_NPROC", "256")
 
 import jax
 

@@ -4,7 +4,7 @@ import os
 
 # Enough threads for the collectives of eight devices; see sharding.make_layout, which is too late
 # where a test has used JAX before.
-os.environ.setdefault("PJRT_NPROC", "64")
+os.environ.setdefault("PJRT_NPROC", "256")
 
 # The tests need libtpu for its compiler; with it installed, JAX would look for chips and complain.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

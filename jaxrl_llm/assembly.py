@@ -119,11 +119,6 @@ class Job:
         """Of rollouts and evaluation."""
         return self.config.rollout.sampling(self.tokenizer.stop_token_ids)
 
-    @property
-    def row_length(self) -> int:
-        """Positions of a row, S."""
-        return self.config.row_length
-
     def version(self, progress: Progress) -> int:
         """The weight version: finished RL steps."""
         return progress.step - self.config.cold_start.steps
@@ -131,10 +126,6 @@ class Job:
     def seed(self, purpose: str, *counters: int) -> int:
         """A seed below 2^63, different for every purpose and counters."""
         return _seed(self.config, purpose, *counters)
-
-    def rows(self, needed: int) -> int:
-        """`needed` rows and those of padding that let them divide into micro-batches on devices."""
-        return self.config.rows(needed)
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
         """The batch with its rows split over the mesh."""

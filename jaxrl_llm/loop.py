@@ -109,7 +109,7 @@ def _cold_start_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress
         seed=job.seed("demonstrations", drawn),
     )
     batch = collate_demonstrations(
-        demonstrations, rows=job.rows(config.batch), length=job.row_length, pack=False
+        demonstrations, rows=job.config.rows(config.batch), length=job.config.row_length, pack=False
     )
     with timed(timings, "seconds/update"):
         state, metrics = job.steps.sft(progress.state, job.to_devices(batch))
@@ -167,7 +167,7 @@ def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[Train
             np.concatenate([_advantages(job, group) for group in part]),
             step=version,
             rows=rows,
-            length=job.row_length,
+            length=job.config.row_length,
             pack=learner.pack,
             route_fallback=learner.route_fallback if learner.replay == "r3" else "live",
         )
@@ -179,11 +179,11 @@ def _rows(job: Job, parts: Sequence[Sequence[Rollout]]) -> int:
     """Rows of every mini-batch; few different numbers, since each one compiles the steps anew."""
     unpacked = job.config.responses
     if not job.config.learner.pack:
-        return job.rows(unpacked)
+        return job.config.rows(unpacked)
     lengths = [[r.tokens.size - 1 for r in part] for part in parts]
-    needed = max(rows_needed(part, length=job.row_length, pack=True) for part in lengths)
+    needed = max(rows_needed(part, length=job.config.row_length, pack=True) for part in lengths)
     eighth = max(1, unpacked // 8)
-    return job.rows(-(-needed // eighth) * eighth)
+    return job.config.rows(-(-needed // eighth) * eighth)
 
 
 def _advantages(job: Job, group: Group) -> np.ndarray:

@@ -240,7 +240,8 @@ def make_train_step(
 
     The metrics are those of the gradient, of the optimizer and losses.statistics. `state` is
     donated: its arrays are gone after the call. `batch` comes from prepare(), or as
-    collated where learner.old_logprobs is none, and has a multiple of learner.row_multiple rows.
+    collated where learner.old_logprobs is none, has a multiple of learner.row_multiple rows, and
+    lies on the devices as sharding.batch_sharding says.
     Raises ValueError, while tracing, for a batch that lacks what the settings read.
     """
     gradient = make_gradient(model, learner, loss, layout, temperature=temperature)

@@ -24,6 +24,7 @@ from jaxrl_llm.model.grouped import (
     combine,
     expert_sum,
     from_rows,
+    sorted_assignments,
     to_rows,
 )
 from jaxrl_llm.sharding import varying
@@ -44,7 +45,7 @@ class _Plan:
 
     assignment: Array  # i32[N * K], sorted by device, then by expert
     expert: Array  # i32[N * K], theirs
-    start: Array  # i32[P], where those for a device begin in that order; the last is followed by
+    start: Array  # i32[P], where those for a device begin in that order
     end: Array  # i32[P], where they end
     device: Array  # i32[N, K], to which an assignment goes
     rank: Array  # i32[N, K], its place among those that go there
@@ -112,17 +113,9 @@ exchange.defvjp(_forward, _backward)
 def _plan(experts: Array, params: Experts) -> tuple[_Plan, int]:
     """Who goes where, and C."""
     devices, here, count = jax.lax.axis_size(AXIS), params["gate"].shape[0], experts.size
-    if devices * here * count >= 2**31:
-        raise ValueError(
-            f"{count} assignments to {devices * here} experts overflow a 32-bit sort key; "
-            "use more micro-batches"
-        )
     capacity = min(count, -(-int(SLACK * count) // (8 * devices)) * 8)
-    # One integer per assignment holds expert and index: stable, and typed as what it is made of.
-    flat = experts.reshape(-1)
-    index = jnp.arange(count, dtype=jnp.int32)
-    keys = jnp.sort(flat * count + index)
-    expert, assignment = keys // count, keys % count
+    expert, assignment = sorted_assignments(experts, devices * here)
+    flat, index = experts.reshape(-1), jnp.arange(count, dtype=jnp.int32)
     sizes = jnp.sum(flat[:, None] // here == jnp.arange(devices), axis=0, dtype=jnp.int32)
     end = jnp.cumsum(sizes)
     start = end - sizes

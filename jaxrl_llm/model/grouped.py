@@ -100,19 +100,27 @@ def _block_size(assignments: int, num_experts: int) -> int:
     return 2 ** min(max(round(math.log2(max(mean, 1) / 8)), 3), 8)
 
 
-def sort_by_expert(experts: Array, num_experts: int, block: int) -> _Order:
+def sorted_assignments(experts: Array, num_experts: int) -> tuple[Array, Array]:
+    """The experts of all assignments, ascending, and these assignments, n * K + k: i32[N * K] each.
+
+    experts: i32[N, K], below num_experts. Raises ValueError for more than 32 bits can tell apart.
+    """
     count = experts.size
-    if (num_experts + 1) * count >= 2**31:
+    if num_experts * count >= 2**31:
         raise ValueError(
             f"{count} assignments to {num_experts} experts overflow a 32-bit sort key; "
             "use more micro-batches"
         )
-    # One integer per assignment holds expert and index: stable, and faster to sort than a pair.
-    flat = experts.reshape(-1)
-    index = jnp.arange(count, dtype=jnp.int32)
-    keys = jnp.sort(flat * count + index)
-    expert, assignment = keys // count, keys % count
+    # One integer holds expert and assignment: stable, faster to sort than a pair, and typed in a
+    # shard_map as what it is made of, where argsort's result is not.
+    keys = jnp.sort(experts.reshape(-1) * count + jnp.arange(count, dtype=jnp.int32))
+    return keys // count, keys % count
 
+
+def sort_by_expert(experts: Array, num_experts: int, block: int) -> _Order:
+    count, flat = experts.size, experts.reshape(-1)
+    index = jnp.arange(count, dtype=jnp.int32)
+    expert, assignment = sorted_assignments(experts, num_experts + 1)
     sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     block_ends = jnp.cumsum(-(-sizes // block))
     shift = (block_ends - -(-sizes // block)) * block - (jnp.cumsum(sizes) - sizes)

@@ -16,7 +16,7 @@ from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import Dispatch
 from jaxrl_llm.model.exchange import exchange
 from jaxrl_llm.model.grouped import Experts, Implementation, expert_sum
-from jaxrl_llm.sharding import AXES, ONE_DEVICE, Layout
+from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout
 
 Array = jax.Array
 
@@ -85,10 +85,11 @@ def dispatch(
         (exchange), and what the parts of F give is added up.
     """
     chosen = _resolve(implementation, x.shape[0], layout.platform)
-    # Every operand is first made to vary over every axis. The sums over devices that the gradient
-    # needs then stand at this border. Left inside, they depend on which values JAX takes to be
-    # equal on all devices, and it takes argsort's result to be, silently.
-    x, experts, weights, expert_params = layout.vary((x, experts, weights, expert_params), AXES)
+    # Every operand is first made to vary over the axes that any of them varies over. The sums over
+    # devices that the gradient needs then stand at this border. Left inside, they depend on which
+    # values JAX takes to be equal on all devices, and it takes argsort's result to be, silently.
+    axes = (*TOKEN_AXES, *layout.axes("mlp"))
+    x, experts, weights, expert_params = layout.vary((x, experts, weights, expert_params), axes)
     if layout.axes("expert"):
         output = exchange(chosen, x, experts, weights, expert_params)
     else:

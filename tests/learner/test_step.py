@@ -32,7 +32,7 @@ from jaxrl_llm.losses.router import router_loss
 from jaxrl_llm.losses.weights import ImportanceConfig, token_weights
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.sharding import AXES, Layout, MeshConfig, batch_sharding, make_layout
+from jaxrl_llm.sharding import AXES, Layout, MeshConfig, ShardingRules, batch_sharding, make_layout
 from tests.learner.tiny import (
     MODEL,
     make_batch,
@@ -192,6 +192,21 @@ def test_eight_devices_do_what_one_does(config: MeshConfig, batch: TrainBatch, a
     assert_close(optax.tree.get(state.opt_state, "mu"), optax.tree.get(alone[0].opt_state, "mu"))
     assert_close(state.params, alone[0].params)
     assert int(state.step) == 1
+    assert metrics == pytest.approx(alone[1], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ShardingRules(embed=(), expert_embed=(), mlp=(), expert=()),
+        ShardingRules(embed=("context",), heads=(), vocab=()),
+    ],
+    ids=["whole experts", "whole heads"],
+)
+def test_other_rules_change_nothing(rules: ShardingRules, batch: TrainBatch, alone) -> None:
+    """What a rule does not split, every device of the axis has and computes whole."""
+    state, metrics = update_on(MeshConfig(expert=2, context=2, tensor=2, rules=rules), batch)
+    assert_close(optax.tree.get(state.opt_state, "mu"), optax.tree.get(alone[0].opt_state, "mu"))
     assert metrics == pytest.approx(alone[1], rel=1e-5, abs=1e-6)
 
 

@@ -16,6 +16,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,10 @@ from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequ
 from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
-from jaxrl_llm.engines import make_engine, make_journal
+from jaxrl_llm.engines import Joint, make_engine, make_joint, make_journal
 from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.checkpoint import (
+    Checkpoint,
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
@@ -53,6 +55,7 @@ from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.hf import load_params
 from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.model.transformer import Params
+from jaxrl_llm.processes import first, from_first, spread
 from jaxrl_llm.rollout.buffer import RolloutBuffer, UnderWay
 from jaxrl_llm.rollout.engine import Engine, EngineError
 from jaxrl_llm.rollout.journal import Journal
@@ -91,23 +94,51 @@ class Steps:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outside:
+    """What the first process alone has to do with."""
+
+    engine: Engine
+    verifier: Verifier
+    journal: Journal | None  # rollouts that servers finished and no checkpoint has
+    log: RunWriter
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """All that is made once."""
+    """All that is made once, in every process."""
 
     config: RunConfig
     layout: Layout
     tokenizer: Tokenizer
     train: PromptSource
     heldout: tuple[Prompt, ...]
-    verifier: Verifier
-    engine: Engine
-    journal: Journal | None  # rollouts that servers finished and no checkpoint has
+    outside: Outside | None  # None in every process but the first
+    joint: Joint  # what a publish computes in all of them
     under_way: UnderWay  # what the engine was asked for; the one part that changes
     cold_optimizer: Optimizer
     optimizer: Optimizer
     steps: Steps
     checkpoints: Checkpoints
-    log: RunWriter
+
+    @property
+    def engine(self) -> Engine:
+        """The first process's."""
+        return self._outside.engine
+
+    @property
+    def verifier(self) -> Verifier:
+        """The first process's."""
+        return self._outside.verifier
+
+    @property
+    def log(self) -> RunWriter:
+        """The first process's."""
+        return self._outside.log
+
+    @property
+    def journal(self) -> Journal | None:
+        """Where finished rollouts are kept, if they are, and if this is the first process."""
+        return None if self.outside is None else self.outside.journal
 
     @property
     def last_step(self) -> int:
@@ -128,8 +159,8 @@ class Job:
         return _seed(self.config, purpose, *counters)
 
     def to_devices(self, batch: TrainBatch) -> TrainBatch:
-        """The batch with its rows split over the mesh."""
-        return jax.device_put(batch, batch_sharding(self.layout))
+        """The first process's batch with its rows split over the mesh; see processes.spread."""
+        return spread(batch, batch_sharding(self.layout))
 
     def loss(self, progress: Progress) -> LossConfig:
         """The loss of the next update, tightened as often as the early warning did so."""
@@ -140,6 +171,11 @@ class Job:
         """The compiled update with that loss."""
         config = dataclasses.replace(self.config, loss=self.loss(progress))
         return update_step(config, self.layout)
+
+    @property
+    def _outside(self) -> Outside:
+        assert self.outside is not None, "only the first process samples, verifies and logs"
+        return self.outside
 
 
 def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
@@ -158,30 +194,25 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
-    stack.enter_context(locked(config.directory, ENDED))
-    _check_directory(config)
-    if config.cold_start.weights and not (config.directory / "config.json").exists():
-        # Now, or the directory would be one of these settings; and a run that goes on has its own.
-        _check_weights(config)
+    layout = make_layout(config.learner.mesh)
+    from_first(lambda: _open_directory(config, stack))
     train = load_prompts(config.task.data, tokenizer, "train")
     heldout = heldout_prompts(config, tokenizer)
     _check_size(config, len(train))
     _check_length(config, heldout)
-    layout = make_layout(config.learner.mesh)
     cold_optimizer, optimizer = optimizers(config)
-    journal = make_journal(config)
-    engine = make_engine(config, tokenizer, heldout[0], layout, journal, stack)
-    log = stack.enter_context(RunWriter(config.directory, config.log))
-    log.write_config(to_json(config))
+    joint = make_joint(config, heldout[0], layout)
+    outside: Outside | None = from_first(
+        lambda: _reach_outside(config, tokenizer, heldout[0], joint, stack), share=lambda _: None
+    )
     return Job(
         config=config,
         layout=layout,
         tokenizer=tokenizer,
         train=train,
         heldout=heldout,
-        verifier=stack.enter_context(Verifier(config.task.reward)),
-        engine=engine,
-        journal=journal,
+        outside=outside,
+        joint=joint,
         under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
@@ -189,8 +220,31 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),
-        log=log,
     )
+
+
+def _open_directory(config: RunConfig, stack: contextlib.ExitStack) -> None:
+    """Hold the run directory, and see that it and the weights to start from are of this config."""
+    stack.enter_context(locked(config.directory, ENDED))
+    _check_directory(config)
+    if config.cold_start.weights and not (config.directory / "config.json").exists():
+        # Now, or the directory would be one of these settings; and a run that goes on has its own.
+        _check_weights(config)
+
+
+def _reach_outside(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    joint: Joint,
+    stack: contextlib.ExitStack,
+) -> Outside:
+    journal = make_journal(config)
+    engine = make_engine(config, tokenizer, prompt, joint, journal, stack)
+    log = stack.enter_context(RunWriter(config.directory, config.log))
+    log.write_config(to_json(config))
+    verifier = stack.enter_context(Verifier(config.task.reward))
+    return Outside(engine, verifier, journal, log)
 
 
 def optimizers(config: RunConfig) -> tuple[Optimizer, Optimizer]:
@@ -244,15 +298,14 @@ def resume(job: Job) -> Progress:
     abstract = abstract_state(config.model, job.optimizer, job.layout)
     checkpoint = restore(config.directory / CHECKPOINTS, abstract)
     if checkpoint is None:
-        _check_log(config)
-        job.log.resume(None)
+        from_first(lambda: _resume_log(job, None))
         return _begin(job)
     if checkpoint.host["dataset"] != dataset_digest(config.task.data):
         raise CheckpointError(
             f"{config.directory / CHECKPOINTS} was made on other prompts than task.data gives now: "
             "its place in them would mean nothing; restore the files, or use another --run-dir"
         )
-    job.log.resume(checkpoint.step)
+    from_first(lambda: _resume_log(job, checkpoint.step))
     reference = None
     if config.loss.kl.coefficient and checkpoint.step >= config.cold_start.steps:
         without_optimizer = abstract_state(config.model, None, job.layout)
@@ -266,11 +319,24 @@ def resume(job: Job) -> Progress:
     progress = Progress(
         step=checkpoint.step,
         state=checkpoint.state,
-        buffer=RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"]),
+        buffer=_buffer(config, checkpoint),
         watch=WatchState.from_json(checkpoint.host["watch"]),
         reference=reference,
     )
     return published(job, progress) if progress.step >= config.cold_start.steps else progress
+
+
+def _resume_log(job: Job, step: int | None) -> None:
+    if step is None:
+        _check_log(job.config)
+    job.log.resume(step)
+
+
+def _buffer(config: RunConfig, checkpoint: Checkpoint) -> RolloutBuffer:
+    """That of the checkpoint; an empty one where nothing is sampled."""
+    if not first():
+        return RolloutBuffer(config.rollout.buffer, drawn=0)
+    return RolloutBuffer.from_json(config.rollout.buffer, checkpoint.host["buffer"])
 
 
 def _begin(job: Job) -> Progress:
@@ -313,8 +379,14 @@ def published(job: Job, progress: Progress) -> Progress:
 
     The failure is a value because the step that made the weights is still to be logged and saved.
     """
+    params, version = progress.state.params, job.version(progress)
+
+    def act(request: tuple[str, tuple[Any, ...]]) -> None:
+        name, inputs = request
+        job.joint[name](params, *inputs)
+
     try:
-        job.engine.publish(progress.state.params, job.version(progress))
+        from_first(lambda: job.engine.publish(params, version), act=act)
     except (EngineError, PublishError) as failure:
         return dataclasses.replace(progress, failure=failure)
     return progress

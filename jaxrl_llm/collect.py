@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from jaxrl_llm.assembly import Job, Progress
 from jaxrl_llm.data.prompts import prompt_indices
 from jaxrl_llm.evaluate import evaluate
+from jaxrl_llm.processes import from_first
 from jaxrl_llm.rollout.engine import EngineError, Request
 from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.types import Group
@@ -158,7 +159,8 @@ def evaluated(job: Job, progress: Progress) -> tuple[list[StepRecord], Progress]
     if progress.failure:
         return [], progress
     try:
-        return _evaluation(job, progress), progress
+        records = from_first(lambda: _evaluation(job, progress), share=_without_groups)
+        return records, progress
     except EngineError as failure:
         return [], dataclasses.replace(progress, failure=failure)
 
@@ -188,6 +190,11 @@ def _evaluation(job: Job, progress: Progress) -> list[StepRecord]:
         "eval", progress.step, result.metrics(), timings, tuple(events), result.groups
     )
     return [record]
+
+
+def _without_groups(records: list[StepRecord]) -> list[StepRecord]:
+    """For the processes that have no log."""
+    return [dataclasses.replace(record, groups=()) for record in records]
 
 
 @contextlib.contextmanager

@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import Tokenizer
 from jaxrl_llm.learner.probe import make_probe_score
 from jaxrl_llm.learner.publish import Publisher
+from jaxrl_llm.model import hf
+from jaxrl_llm.processes import announce
 from jaxrl_llm.rollout.engine import Engine, Request
 from jaxrl_llm.rollout.journal import Journal
 from jaxrl_llm.rollout.local import LocalEngine
 from jaxrl_llm.rollout.sglang import LearnerSide, SGLangEngine
-from jaxrl_llm.sharding import Layout
+from jaxrl_llm.sharding import Layout, whole_here
 from jaxrl_llm.types import Prompt
 
 IN_FLIGHT = "in_flight"
@@ -30,6 +34,20 @@ CONTEXT_MARGIN = 8
 
 PROBE_TOKENS = 16
 """Tokens that a server samples after each publish for the learner to compare, at most."""
+
+
+Joint = Mapping[str, Callable[..., Any]]
+"""What a publish computes on the devices of all processes: name -> (params, *inputs) -> value."""
+
+
+def make_joint(config: RunConfig, prompt: Prompt, layout: Layout) -> Joint:
+    """The joint work of any engine.
+
+    prompt: any real one; servers are probed with it.
+    """
+    length = prompt.tokens.size + _probe_tokens(config)
+    score = make_probe_score(config.model, config.learner.compute, layout, length=length)
+    return {"whole": whole_here, "fetch": hf.fetch, "score": score}
 
 
 def make_journal(config: RunConfig) -> Journal | None:
@@ -43,7 +61,7 @@ def make_engine(
     config: RunConfig,
     tokenizer: Tokenizer,
     prompt: Prompt,
-    layout: Layout,
+    joint: Joint,
     journal: Journal | None,
     stack: contextlib.ExitStack,
 ) -> Engine:
@@ -51,7 +69,7 @@ def make_engine(
 
     Args:
       prompt: any real one; servers are probed with it.
-      layout: of the learner.
+      joint: of make_joint for this prompt. The engine announces what it uses of it.
       journal: of make_journal, or None to keep nothing.
       stack: closes the engine, and then lets others publish where it does.
 
@@ -60,9 +78,9 @@ def make_engine(
     """
     rollout, model = config.rollout, config.model
     if not rollout.sglang.servers:
-        return stack.enter_context(
-            contextlib.closing(LocalEngine(rollout.engine, model, tokenizer.decode))
-        )
+        whole = _announced(joint, "whole")
+        local = LocalEngine(rollout.engine, model, tokenizer.decode, whole)
+        return stack.enter_context(contextlib.closing(local))
     publisher = Publisher(
         rollout.publish,
         model,
@@ -70,16 +88,14 @@ def make_engine(
         stop_token_ids=tokenizer.stop_token_ids,
         pad_token_id=tokenizer.pad_token_id,
         max_length=rollout.max_length + CONTEXT_MARGIN,
+        fetch=_announced(joint, "fetch"),
     )
     stack.enter_context(publisher.alone())
     # No stop tokens: the probe has the same number of tokens whatever the weights.
-    sampling = dataclasses.replace(
-        rollout.sampling(()), max_new_tokens=min(PROBE_TOKENS, rollout.max_new_tokens)
-    )
-    length = prompt.tokens.size + sampling.max_new_tokens
+    sampling = dataclasses.replace(rollout.sampling(()), max_new_tokens=_probe_tokens(config))
     learner = LearnerSide(
         write=publisher.publish,
-        score=make_probe_score(model, config.learner.compute, layout, length=length),
+        score=_announced(joint, "score"),
         probe=Request(prompt, 0, zlib.crc32(b"probe"), sampling),
     )
     engine = SGLangEngine(
@@ -91,3 +107,17 @@ def make_engine(
         journal=journal,
     )
     return stack.enter_context(contextlib.closing(engine))
+
+
+def _probe_tokens(config: RunConfig) -> int:
+    return min(PROBE_TOKENS, config.rollout.max_new_tokens)
+
+
+def _announced(joint: Joint, name: str) -> Callable[..., Any]:
+    """This part of the joint work, which the first process has the others do too."""
+
+    def call(params: Any, *inputs: Any) -> Any:
+        announce((name, inputs))
+        return joint[name](params, *inputs)
+
+    return call

@@ -36,6 +36,7 @@ from jaxrl_llm.learner.watch import EarlyStop
 from jaxrl_llm.losses.advantages import response_advantages
 from jaxrl_llm.losses.diagnostics import pool
 from jaxrl_llm.metrics import METRICS
+from jaxrl_llm.processes import first, from_first, outline
 from jaxrl_llm.recovery import check_finite, respond
 from jaxrl_llm.rollout.engine import EngineError
 from jaxrl_llm.rollout.statistics import group_metrics
@@ -46,10 +47,13 @@ from jaxrl_llm.types import Group, Rollout
 def run(config: RunConfig) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
-    Closing the generator writes a last checkpoint. Raises ValueError, before any work, for a
-    directory that holds another experiment, and CheckpointError for a damaged checkpoint. With all
-    records yielded and a checkpoint made, raises EarlyStop where the early warning ends the run,
-    EngineError where its servers do, and PublishError where weights cannot be written for them.
+    Closing the generator writes a last checkpoint. Every process of a job runs this and gets the
+    same records, without their groups in all but the first.
+
+    Raises ValueError, before any work, for a directory that holds another experiment, and
+    CheckpointError for a damaged checkpoint. With all records yielded and a checkpoint made, raises
+    EarlyStop where the early warning ends the run, EngineError where its servers do, and
+    PublishError where weights cannot be written for them.
     """
     with contextlib.ExitStack() as stack:
         job = assemble(config, stack)
@@ -58,8 +62,9 @@ def run(config: RunConfig) -> Generator[StepRecord]:
             raise start.failure
         try:
             for records, progress in _steps(job, start):
-                for record in records:
-                    job.log.write(record)
+                if first():
+                    for record in records:
+                        job.log.write(record)
                 ended = progress.step == job.last_step or progress.stop or progress.failure
                 if ended or job.checkpoints.due(progress.step):
                     save(job, progress)
@@ -79,7 +84,8 @@ def run(config: RunConfig) -> Generator[StepRecord]:
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
     """All steps still to do, each with its records and the progress after it."""
     cold_steps = job.config.cold_start.steps
-    if progress.step >= cold_steps and job.log.last != (progress.step, "eval"):
+    last = from_first(lambda: job.log.last)
+    if progress.step >= cold_steps and last != (progress.step, "eval"):
         # Without a cold start, or where the engine failed when the run last ended.
         records, progress = evaluated(job, progress)
         if records or progress.failure:
@@ -127,15 +133,13 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     start = time.perf_counter()
     # If the engine fails, the step begins anew and counts all: what is finished is in the journal.
     progress = dataclasses.replace(progress, buffer=progress.buffer.copy())
-    counts, events = fill_buffer(job, progress, timings)
-    version = job.version(progress)
-    groups = progress.buffer.take(job.config.rollout.groups, version)
-    batches = _mini_batches(job, groups, version)
+    before = progress
+    sampled = from_first(lambda: _sample(job, before, timings), share=_outline)
 
     with timed(timings, "seconds/score"):
-        device_batches, scores = _score(job, progress, batches)
-    state, updates = _update(job, progress, batches[-1], device_batches, timings)
-    values = pool(scores) | updates | group_metrics(groups, version) | counts
+        batches, scores = _score(job, progress, sampled.batches)
+    state, updates = _update(job, progress, sampled.batches[-1], batches, timings)
+    values = pool(scores) | updates | sampled.metrics
     after = dataclasses.replace(progress, step=progress.step + 1, state=state)
     after, watched, heard = respond(job, after, values)
     values |= watched
@@ -148,10 +152,35 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
         after = published(job, after)
 
     learning = timings["seconds/score"] + timings["seconds/update"]
-    timings["rate/learner_tokens_per_second"] = _tokens(batches) / learning
+    timings["rate/learner_tokens_per_second"] = sampled.tokens / learning
     timings["seconds/step"] = time.perf_counter() - start
-    events += _warnings(job, values) + heard
-    return StepRecord("rl", after.step, values, timings, events, tuple(groups)), after
+    events = sampled.events + _warnings(job, values) + heard
+    return StepRecord("rl", after.step, values, timings, events, sampled.groups), after
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """A rollout batch."""
+
+    groups: tuple[Group, ...]
+    batches: list[TrainBatch]  # the mini-batches, on the host
+    metrics: dict[str, float]
+    events: tuple[str, ...]
+    tokens: int  # in the mini-batches, padding left out
+
+
+def _sample(job: Job, progress: Progress, timings: Timings) -> _Sampled:
+    counts, events = fill_buffer(job, progress, timings)
+    version = job.version(progress)
+    groups = progress.buffer.take(job.config.rollout.groups, version)
+    batches = _mini_batches(job, groups, version)
+    metrics = group_metrics(groups, version) | counts
+    return _Sampled(groups, batches, metrics, events, _tokens(batches))
+
+
+def _outline(sampled: _Sampled) -> _Sampled:
+    """What processes that sample nothing know of it: they get their rows of the batches later."""
+    return dataclasses.replace(sampled, groups=(), batches=outline(sampled.batches))
 
 
 def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[TrainBatch]:

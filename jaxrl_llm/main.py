@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 DOES_NOT_FIT = 4  # exit status where a compiled program leaves too little memory free
 INTERRUPTED = 130  # exit status after Ctrl-C or SIGTERM, as a shell reports it
+MULTIHOST = "--multihost"
 STOPPED_EARLY = 3  # exit status of a run that its early warning ended
 
 
@@ -40,6 +41,10 @@ class Train:
     """
 
     config: tyro.conf.Positional[Path]  # Python file with get_config() -> RunConfig
+    # This is one of several processes of a job, as on every host of a TPU pod. Elsewhere than on
+    # TPUs, under Slurm and Open MPI the environment must name them: JAX_COORDINATOR_ADDRESS,
+    # JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+    multihost: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
             return compile_steps(arguments[1:], console)
         if isinstance(command, FirstOrder):
             return first_order([], console)
-        return train(command.config, [], console)
+        return train(command.config, ["--multihost"] * command.multihost, console)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (ValueError, OSError) as error:
@@ -146,12 +151,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(path: Path, overrides: list[str], console: Console) -> int:
     """Run a config file with command-line overrides; see Train."""
-    config = _overridden(path, overrides, f"train {path}")
+    settings = [argument for argument in overrides if argument != MULTIHOST]
+    config = _overridden(path, settings, f"train {path}")
     _use_compilation_cache()
-    from jaxrl_llm import loop
+    from jaxrl_llm import loop, processes
     from jaxrl_llm.display import Display, summary
     from jaxrl_llm.learner.watch import EarlyStop
 
+    if MULTIHOST in overrides:
+        processes.join(config.learner.mesh.devices)
+        console.quiet = not processes.first()
+    stopped = False
     console.print(f"Run directory: {config.directory}")
     try:
         with (
@@ -161,14 +171,17 @@ def train(path: Path, overrides: list[str], console: Console) -> int:
         ):
             for record in records:
                 display.show(record)
-                if stop.is_set():
+                stopped = processes.anywhere(stop.is_set())
+                if stopped:
                     break
     except EarlyStop as reason:
         console.print(str(reason), markup=False, highlight=False)
         return STOPPED_EARLY
-    if stop.is_set():
+    if stopped:
         console.print("Stopped with a checkpoint. The same command goes on from here.")
         return INTERRUPTED
+    if not processes.first():
+        return 0
     console.print(summary(config.directory))
     return report(config.directory, console)
 

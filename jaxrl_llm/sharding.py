@@ -84,6 +84,11 @@ class MeshConfig:
                 )
 
     @property
+    def devices(self) -> int:
+        """How many there must be."""
+        return math.prod(vars(self)[axis] for axis in AXES)
+
+    @property
     def rows(self) -> int:
         """The shares into which the rows of a batch are split."""
         return self.data * self.fsdp * self.expert
@@ -183,9 +188,24 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes on whose devices x is typed as different, inside Layout.shard()."""
-    return jax.typeof(x).manual_axis_type.varying
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes on whose devices x is typed as different, inside Layout.shard().
+
+    In the order of AXES: a set's order is another one in each process, and then so is the program.
+    """
+    axes = jax.typeof(x).manual_axis_type.varying
+    return tuple(axis for axis in AXES if axis in axes)
+
+
+def reserve_threads(devices: int) -> None:
+    """Threads enough for so many CPU devices, unless $PJRT_NPROC is set; before JAX makes them.
+
+    A collective blocks one of XLA's threads, of which there are about as many as cores, and a
+    device may run dozens at once. Devices that are out of threads wait for each other until XLA
+    aborts.
+    """
+    if devices > 1:
+        os.environ.setdefault("PJRT_NPROC", str(max(32 * devices, os.cpu_count() or 1)))
 
 
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -194,12 +214,8 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     A job of several processes must use every device, or some of them would have no work and hang.
     """
     shape = tuple(vars(config)[axis] for axis in AXES)
-    wanted = math.prod(shape)
-    if wanted > 1:
-        # Of CPU devices: a collective blocks one of XLA's threads, of which there are about as many
-        # as cores, and a device may run dozens at once. Devices that are out of threads wait for
-        # each other until XLA aborts. Read when JAX makes its devices, so it must be set before.
-        os.environ.setdefault("PJRT_NPROC", str(max(32 * wanted, os.cpu_count() or 1)))
+    wanted = config.devices
+    reserve_threads(wanted)
     available = jax.devices() if devices is None else list(devices)
     uneven = jax.process_count() > 1 and wanted != len(available)
     if wanted > len(available) or uneven:
@@ -223,6 +239,22 @@ def replicated(layout: Layout) -> NamedSharding:
     """The sharding of what every device has whole."""
     assert layout.mesh is not None, "an array without a mesh is on one device"
     return NamedSharding(layout.mesh, PartitionSpec())
+
+
+def whole_here(tree: Any) -> Any:
+    """The arrays, all of whose shards this process sees: gathered on every device if it does not.
+
+    Where it gathers, all processes of the job must call it.
+    """
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        assert isinstance(x.sharding, NamedSharding), "an array of several processes has a mesh"
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        return jax.device_put(x, everywhere).addressable_data(0)
+
+    return jax.tree.map(one, tree)
 
 
 def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from jaxrl_llm.assembly import CHECKPOINTS, ENDED, heldout_prompts
 from jaxrl_llm.config import RunConfig, read_config
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import make_tokenizer
-from jaxrl_llm.engines import make_engine
+from jaxrl_llm.engines import make_engine, make_joint
 from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.checkpoint import Checkpoint, restore
 from jaxrl_llm.learner.state import abstract_state
@@ -69,7 +69,8 @@ def evaluate_checkpoint(
         if config.rollout.sglang.servers:
             # A run that goes on would find other weights on its servers than it put there.
             stack.enter_context(locked(config.directory, ENDED))
-        engine = make_engine(config, tokenizer, heldout[0], layout, None, stack)
+        joint = make_joint(config, heldout[0], layout)
+        engine = make_engine(config, tokenizer, heldout[0], joint, None, stack)
         # As the run called them, so that a publication which is still there serves again.
         version = max(0, checkpoint.step - config.cold_start.steps)
         engine.publish(checkpoint.state.params, version)

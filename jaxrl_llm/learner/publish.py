@@ -88,10 +88,7 @@ class Publication:
 
 
 class Publisher:
-    """Writes versions of one run's model into one folder, alone; see the module for which.
-
-    The process must see all of the parameters: publishing from several hosts is not supported.
-    """
+    """Writes versions of one run's model into one folder, alone; see the module for which."""
 
     def __init__(
         self,
@@ -102,13 +99,16 @@ class Publisher:
         stop_token_ids: Sequence[int],
         pad_token_id: int | None,
         max_length: int,
+        fetch: hf.Fetch = hf.fetch,
     ) -> None:
         """Args:
         run_dir: of the run.
+        fetch: how to get a piece of the parameters, see hf.tensors.
         stop_token_ids, pad_token_id, max_length: for config.json, see hf_config.config_json.
         """
         self._config = config
         self._model = model
+        self._fetch = fetch
         run_dir = run_dir.resolve()
         place = (config.folder, run_dir.name) if config.folder else (run_dir, WEIGHTS)
         root = epath.Path(*place)
@@ -154,7 +154,7 @@ class Publisher:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             self._remove(self._unfinished())
-            tensors = hf.tensors(params, self._model, self._config.dtype)
+            tensors = hf.tensors(params, self._model, self._config.dtype, self._fetch)
             files = hf.write(staged, tensors, self._config_json)
             manifest = _manifest(version, files)
             final = self._commit(staged, manifest)

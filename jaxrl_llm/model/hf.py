@@ -22,7 +22,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf_config import CONFIG, Dtype, PathLike, parse_config
 from jaxrl_llm.model.transformer import Params, init_params, parameter_axes
-from jaxrl_llm.sharding import Layout, parameter_shardings
+from jaxrl_llm.sharding import Layout, parameter_shardings, whole_here
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -262,24 +262,39 @@ def _place(
 # Export
 
 
-def tensors(params: Params, config: ModelConfig, dtype: Dtype) -> Iterator[tuple[str, np.ndarray]]:
+class Piece(NamedTuple):
+    """One layer of one parameter, as a file has it."""
+
+    leaf: tuple[str, ...]  # its path among the parameters
+    layer: tuple[int, ...]  # (index,) of one that is stacked over layers, else ()
+    transposed: bool
+    dtype: Dtype
+
+
+Fetch = Callable[[Params, Piece], jax.Array]
+
+
+def fetch(params: Params, piece: Piece) -> jax.Array:
+    """The piece, all of it visible to this process; all processes of a job must ask for it."""
+    array = _leaf(params, piece.leaf)
+    return whole_here(_fetch(array, *piece.layer, dtype=piece.dtype, transposed=piece.transposed))
+
+
+def tensors(
+    params: Params, config: ModelConfig, dtype: Dtype, fetch: Fetch = fetch
+) -> Iterator[tuple[str, np.ndarray]]:
     """Names and values of a checkpoint's tensors, in file order, fetched when they are asked for.
 
     Args:
-      params: on the devices, sharded in any way; this process must see all of their shards.
+      params: on the devices, sharded in any way.
       dtype: float32 parameters are rounded to it on the devices, to the nearest.
+      fetch: how to get a piece. Those of a job of several processes must all fetch the same.
 
-    One layer of one parameter is on the host at a time. Raises ValueError for parameters that are
-    partly on other hosts' devices.
+    One layer of one parameter is on the host at a time.
     """
     for (leaf, layer), group in itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1])):
-        array = _leaf(params, leaf)
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise ValueError(
-                f"parameter {'.'.join(leaf)} is partly on devices of other hosts; gather it first"
-            )
         part, *others = group
-        fetched = _fetch(array, *layer, dtype=dtype, transposed=part.transposed)
+        fetched = fetch(params, Piece(leaf, layer, part.transposed, dtype))
         values = np.ascontiguousarray(jax.device_get(fetched))
         for tensor in (part, *others):
             yield tensor.name, values[tensor.index[1:]]

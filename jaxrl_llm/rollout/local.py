@@ -22,6 +22,7 @@ from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Params, Reques
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
 from jaxrl_llm.rollout.routes import with_routes
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
+from jaxrl_llm.sharding import whole_here
 from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
 
 
@@ -190,11 +191,16 @@ class LocalEngine:
         config: LocalEngineConfig,
         model: ModelConfig,
         decode_text: Callable[[Sequence[int]], str],
+        whole: Callable[[Params], Params] = whole_here,
     ) -> None:
-        """decode_text turns response tokens into Rollout.text; the tokenizer's decode."""
+        """Args:
+        decode_text: response tokens -> Rollout.text; the tokenizer's decode.
+        whole: makes published parameters ones that this process sees all of.
+        """
         self._config = config
         self._numerics = Numerics(model, config.precision, config.router_precision)
         self._decode_text = decode_text
+        self._whole = whole
         # Not the device itself: an array put there would keep the type of the learner's mesh.
         self._device = SingleDeviceSharding(jax.local_devices()[0])
         self._published: _Published | None = None
@@ -204,7 +210,7 @@ class LocalEngine:
         if version < 0:
             raise ValueError(f"version is {version}; weight versions count from 0")
         # A copy even in float32: the learner donates its parameters to its next step.
-        own = jax.device_put(dict(params), self._device, may_alias=False)
+        own = jax.device_put(dict(self._whole(params)), self._device, may_alias=False)
         self._published = _Published(pack_weights(own, numerics=self._numerics), version)
 
     def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:

@@ -29,6 +29,10 @@ BATCH_AXES = ("data", "fsdp", "expert")
 TOKEN_AXES = (*BATCH_AXES, "context")
 """The axes whose devices have different tokens: rows, and under "context" positions of a row."""
 
+KERNEL_AXIS = "kernel"
+"""One more axis of every mesh, always of one device: the border of library kernels, see kernels.py.
+Arrays are not split over it and Layout.shard() leaves it out."""
+
 LogicalNames = tuple[str | None, ...]
 """The name of every dimension of a parameter; None for one that is never split."""
 
@@ -96,7 +100,7 @@ class Layout:
     whole(), total(), share() and vary() are for code inside shard().
     """
 
-    mesh: Mesh | None = None  # with all of AXES
+    mesh: Mesh | None = None  # with all of AXES, and KERNEL_AXIS
     rules: ShardingRules = ShardingRules()
 
     @property
@@ -146,7 +150,9 @@ class Layout:
         """
         if self.mesh is None:
             return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=inward, out_specs=outward)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=inward, out_specs=outward, axis_names=set(AXES)
+        )
 
     def vary(self, tree: Any, axes: Sequence[str]) -> Any:
         """The same values, typed as different on the devices of these axes.
@@ -208,8 +214,9 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    explicit = (AxisType.Explicit,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, explicit, devices=available[:wanted])
+    names = (*AXES, KERNEL_AXIS)
+    explicit = (AxisType.Explicit,) * len(names)
+    mesh = jax.make_mesh((*shape, 1), names, explicit, devices=available[:wanted])
     return Layout(mesh, config.rules)
 
 
@@ -231,7 +238,7 @@ def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callabl
     The compiler finds the communication. For losses and metrics, which are pure functions of arrays
     with a number or two per token; not for the model.
     """
-    return jax.sharding.auto_axes(function, axes=AXES, out_sharding=outward)
+    return jax.sharding.auto_axes(function, axes=(*AXES, KERNEL_AXIS), out_sharding=outward)
 
 
 def parameter_shardings(shapes: Any, axes: Any, layout: Layout) -> Any:

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.sharding import (
     AXES,
+    KERNEL_AXIS,
     ONE_DEVICE,
     MeshConfig,
     ShardingRules,
@@ -21,8 +22,8 @@ from jaxrl_llm.sharding import (
 
 def test_all_axes_exist_and_default_to_one_device() -> None:
     mesh = make_layout(MeshConfig()).mesh
-    assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+    assert mesh.axis_names == (*AXES, KERNEL_AXIS)
+    assert dict(mesh.shape) == dict.fromkeys(mesh.axis_names, 1)
     assert mesh.devices.size == 1
 
 

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.kernels import choose_attention, splash_attention
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
 from jaxrl_llm.model.moe import dispatch, route, router_logits
 from jaxrl_llm.sharding import ONE_DEVICE, Layout
@@ -101,8 +102,12 @@ class Attention(nnx.Module):
                 for part in (key, value, segment_ids)
             )
             first = jax.lax.axis_index(context) * x.shape[1]
-        chunk = self.setup.compute.attention_chunk
-        attended = segment_attention(query, key, value, segment_ids, chunk=chunk, first=first)
+        chosen, length = self.setup.compute.attention, segment_ids.shape[1]
+        if choose_attention(chosen, layout, head_dim=config.head_dim, length=length) == "splash":
+            attended = splash_attention(query, key, value, segment_ids, layout)
+        else:
+            chunk = self.setup.compute.attention_chunk
+            attended = segment_attention(query, key, value, segment_ids, chunk=chunk, first=first)
         output = linear(attended.reshape(*x.shape[:-1], -1), self.setup.weight(self.o))
         return layout.total(output, "heads")
 

@@ -25,7 +25,7 @@ from tests.model.tiny import array_shapes, assert_close
 from tests.reference import model as reference
 
 TOKENS, WIDTH, EXPERTS, PER_TOKEN, INNER = 48, 12, 8, 3, 16
-IMPLEMENTATIONS: tuple[Dispatch, ...] = ("dense", "blocked", "ragged")
+IMPLEMENTATIONS: tuple[Dispatch, ...] = ("dense", "blocked", "ragged", "megablox")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -277,11 +277,17 @@ def test_the_blocked_gradient_makes_no_array_of_parameters_per_block() -> None:
 
 @pytest.mark.parametrize(
     ("platform", "tokens", "chosen"),
-    [("cpu", 1, "blocked"), ("tpu", 64, "dense"), ("tpu", 65, "ragged"), ("gpu", 4096, "ragged")],
+    [("cpu", 1, "blocked"), ("tpu", 64, "dense"), ("tpu", 65, "megablox"), ("gpu", 4096, "ragged")],
 )
 def test_auto_picks_by_platform_and_batch(platform: str, tokens: int, chosen: str) -> None:
-    assert moe._resolve("auto", tokens, platform) == chosen
-    assert moe._resolve("dense", tokens, platform) == "dense"
+    assert moe._resolve("auto", tokens, platform, widths=(256, 128)) == chosen
+    assert moe._resolve("dense", tokens, platform, widths=(8, 8)) == "dense"
+
+
+def test_a_kernel_that_cannot_run_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"compute.dispatch is megablox, .* this is a gpu"):
+        moe._resolve("megablox", 4096, "gpu", widths=(256, 128))
+    assert moe._resolve("auto", 4096, "tpu", widths=(256, 100)) == "ragged"
 
 
 @pytest.mark.parametrize(

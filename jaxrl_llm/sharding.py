@@ -12,6 +12,7 @@ An axis of size 1 appears in no type and costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -147,12 +148,48 @@ class Layout:
         """The function applied to each device's share; the function itself without a mesh.
 
         inward, outward: a PartitionSpec for every argument and for the result, as of shard_map.
+
+        Raises ValueError, while tracing, for an argument that is split otherwise: it is not copied.
         """
         if self.mesh is None:
             return function
-        return jax.shard_map(
+        mapped = jax.shard_map(
             function, mesh=self.mesh, in_specs=inward, out_specs=outward, axis_names=set(AXES)
         )
+
+        def checked(*arguments: Any) -> Any:
+            # JAX itself does not check, in all of its versions, where an axis is left out.
+            self._check_splits(function, inward, arguments)
+            return mapped(*arguments)
+
+        return checked
+
+    def _check_splits(
+        self, function: Callable[..., Any], inward: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> None:
+        signature = inspect.signature(function)
+        specs, values = (signature.bind(*each).arguments for each in (inward, arguments))
+
+        def check(path: tuple[Any, ...], value: Any, spec: PartitionSpec) -> None:
+            type_ = jax.typeof(value)
+            found, wanted = self._splits(type_.sharding.spec), self._splits(spec)
+            if found != wanted:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"{name}, of shape {type_.shape}, has dimensions split over {found}, and the "
+                    f"mesh and its rules want {wanted}; put it on the devices with jax.device_put "
+                    "and the sharding of batch_sharding() or parameter_shardings()"
+                )
+
+        jax.tree_util.tree_map_with_path(check, values, jax.tree.broadcast(specs, values))
+
+    def _splits(self, spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+        """The axes that split each dimension, up to the last one that is split."""
+        axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+        splits = [self.split(part) for part in axes]
+        while splits and not splits[-1]:
+            splits.pop()
+        return tuple(splits)
 
     def vary(self, tree: Any, axes: Sequence[str]) -> Any:
         """The same values, typed as different on the devices of these axes.

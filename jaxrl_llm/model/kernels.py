@@ -122,7 +122,8 @@ def ragged_product(rows: Array, matrices: Array, sizes: Array, layout: Layout) -
     """The same by XLA's own operation, which knows no types of explicit meshes either."""
 
     def product(operands: Operands, fixed: Operands) -> Array:
-        return jax.lax.ragged_dot(*operands, fixed[0])
+        rows, matrices = operands
+        return jax.lax.ragged_dot(rows, matrices, fixed[0])
 
     return _library_kernel(product, layout)((rows, matrices), (sizes,))
 

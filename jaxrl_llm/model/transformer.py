@@ -307,8 +307,14 @@ def make_forward(
     specs = jax.tree.map(layout.spec, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
     by_layer = PartitionSpec(None, *layout.tokens)
 
-    def share(params: Params, *batch: Any) -> ForwardOutput:
-        return nnx.merge(definition, params)(*batch)
+    def share(
+        params: Params,
+        inputs: Array,
+        positions: Array,
+        segment_ids: Array,
+        replayed: ReplayedRoutes | None,
+    ) -> ForwardOutput:
+        return nnx.merge(definition, params)(inputs, positions, segment_ids, replayed)
 
     outward = ForwardOutput(layout.tokens, by_layer)  # type: ignore[arg-type]
     sharded = layout.shard(share, (specs, *[layout.tokens] * 4), outward)

@@ -251,9 +251,8 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    names = (*AXES, KERNEL_AXIS)
-    explicit = (AxisType.Explicit,) * len(names)
-    mesh = jax.make_mesh((*shape, 1), names, explicit, devices=available[:wanted])
+    types = (*[AxisType.Explicit] * len(AXES), AxisType.Auto)
+    mesh = jax.make_mesh((*shape, 1), (*AXES, KERNEL_AXIS), types, devices=available[:wanted])
     return Layout(mesh, config.rules)
 
 
@@ -275,7 +274,7 @@ def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callabl
     The compiler finds the communication. For losses and metrics, which are pure functions of arrays
     with a number or two per token; not for the model.
     """
-    return jax.sharding.auto_axes(function, axes=(*AXES, KERNEL_AXIS), out_sharding=outward)
+    return jax.sharding.auto_axes(function, axes=AXES, out_sharding=outward)
 
 
 def parameter_shardings(shapes: Any, axes: Any, layout: Layout) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 Dispatch = Literal["auto", "dense", "blocked", "ragged", "megablox"]
-Attention = Literal["auto", "plain", "splash"]
+Attention = Literal["auto", "plain", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
     remat: Literal["none", "block", "dots"] = "block"  # layers recomputed; dots keeps products
     dispatch: Dispatch = "auto"  # how tokens meet experts; auto picks by backend and batch
-    attention: Attention = "auto"  # splash: a TPU kernel, which auto takes where sizes fit
+    attention: Attention = "auto"  # auto: splash on TPUs, cudnn on GPUs, plain where they cannot
     attention_chunk: int = 0  # plain attention: queries at once, to save memory; 0: all of them
     logprob_chunk: int = 256  # positions whose logits exist at once
 

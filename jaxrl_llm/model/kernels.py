@@ -1,4 +1,4 @@
-"""Kernels of JAX's Pallas library inside the model's shard_map: attention and grouped products.
+"""Kernels of libraries inside the model's shard_map: attention and grouped products.
 
 What it is: which kernel a backend gets, a refusal by name where one cannot run, and the border that
 lets an untyped kernel into typed code. What it is not: a kernel, or the plain computation that each
@@ -27,7 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
-from jaxrl_llm.model.config import Attention
+from jaxrl_llm.model.config import Attention, ComputeConfig
 from jaxrl_llm.sharding import KERNEL_AXIS, Layout, varying
 
 Array = jax.Array
@@ -37,33 +37,40 @@ LANES = 128
 """What TPU kernels want sizes to be a multiple of."""
 
 BLOCKS = (512, 256, LANES)
-"""Positions that splash attention takes at a time, the first that divides; 512 is MaxText's choice.
-Its own, 128, makes four times as many steps along each side."""
+"""Positions that splash attention takes at a time. 512 is what MaxText takes on all TPUs; JAX's own
+128 mean sixteen times the steps."""
 
 
-def choose_attention(wanted: Attention, layout: Layout, *, head_dim: int, length: int) -> Attention:
-    """What "auto" stands for: the backend's kernel where it takes these sizes, else "plain".
+def choose_attention(compute: ComputeConfig, layout: Layout, *, head_dim: int) -> Attention:
+    """What compute.attention stands for; "auto" is the backend's kernel where it can run.
 
-    length: positions of a row.
-
-    Raises ValueError where a kernel is asked for by name that this backend does not have, or for
-    sizes that it does not take.
+    Raises ValueError where a kernel is asked for by name that cannot run.
     """
-    fits = head_dim % LANES == 0 and length % (LANES * layout.size(("context",))) == 0
+    wanted = compute.attention
     if wanted == "auto":
-        return "splash" if layout.platform == "tpu" and fits else "plain"
-    if wanted == "splash" and layout.platform == "gpu":
-        raise ValueError(
-            "compute.attention is splash, a kernel for TPUs (interpreted on CPUs), and this is a "
-            "gpu; use auto or plain"
-        )
-    if wanted == "splash" and not fits:
-        raise ValueError(
-            f"compute.attention is splash, which needs model.head_dim ({head_dim}) and the "
-            f"positions of a row on a device ({length} over {layout.size(('context',))}) to be "
-            f"multiples of {LANES}; change learner.row_length, or use plain"
-        )
+        kernels: dict[str, Attention] = {"tpu": "splash", "gpu": "cudnn"}
+        kernel = kernels.get(layout.platform, "plain")
+        return "plain" if _obstacle(kernel, compute, layout.platform, head_dim) else kernel
+    if obstacle := _obstacle(wanted, compute, layout.platform, head_dim):
+        raise ValueError(f"learner.compute.attention is {wanted}, {obstacle}; use auto, or plain")
     return wanted
+
+
+def _obstacle(kernel: Attention, compute: ComputeConfig, platform: str, head_dim: int) -> str:
+    """Why a kernel cannot run; "" if it can."""
+    if kernel == "splash":
+        if platform == "gpu":
+            return "a kernel for TPUs (interpreted on CPUs), and this is a gpu"
+        if head_dim % LANES:
+            return f"for heads as wide as a multiple of {LANES}, and model.head_dim is {head_dim}"
+    if kernel == "cudnn":
+        if platform != "gpu":
+            return f"a library for NVIDIA GPUs, and this is a {platform}"
+        if compute.dtype == "float32":
+            return "which computes in bfloat16, and learner.compute.dtype is float32"
+        if head_dim % 8 or head_dim > LANES:
+            return f"for heads as wide as 8, 16, ... {LANES}, and model.head_dim is {head_dim}"
+    return ""
 
 
 def splash_attention(
@@ -77,23 +84,86 @@ def splash_attention(
       segment_ids: i32[B, S].
       layout: Q = S / context.
 
-    Scores never reach HBM, and blocks that the causal mask hides are not computed.
+    Scores never reach HBM, and blocks that the causal mask hides are not computed. Every device's
+    positions are padded to whole blocks.
     """
     _, count, heads, size = query.shape
-    shards = layout.size(("context",))
-    make = functools.partial(_splash, heads, count * shards, shards, layout.platform != "tpu")
+    shards, block = layout.size(("context",)), _block(count)
+    full = -(-count // block) * block
+    interpret = layout.platform != "tpu"
+    make = functools.partial(_splash, heads, full * shards, shards, block, interpret)
     first = jax.lax.axis_index("context") if shards > 1 else 0
 
     def attend(operands: Operands, fixed: Operands) -> Array:
-        query, key, value = (jnp.swapaxes(x, 1, 2) for x in operands)
+        query, key, value = (
+            jnp.swapaxes(_padded(x, parts, full), 1, 2)
+            for x, parts in zip(operands, (1, shards, shards), strict=True)
+        )
         segment_ids, first = fixed
-        own = jax.lax.dynamic_slice_in_dim(segment_ids, first * count, count, axis=1)
+        # Of no segment that there is: what no token sees.
+        segment_ids = _padded(segment_ids, shards, full, fill=-1)
+        own = jax.lax.dynamic_slice_in_dim(segment_ids, first * full, full, axis=1)
         kernel = jax.vmap(_of_shard(make(), first, shards))
         output = kernel(query * size**-0.5, key, value, splash.SegmentIds(own, segment_ids))
-        return jnp.swapaxes(output, 1, 2).astype(operands[0].dtype)
+        return jnp.swapaxes(output, 1, 2)[:, :count].astype(operands[0].dtype)
 
     fixed = (segment_ids, jnp.asarray(first, jnp.int32))
     return _library_kernel(attend, layout)((query, key, value), fixed)
+
+
+def cudnn_attention(
+    query: Array, key: Array, value: Array, segment_ids: Array, layout: Layout
+) -> Array:
+    """The same by cuDNN's flash attention, in bfloat16, on GPUs.
+
+    Scores are never stored, but segments are a mask, of which JAX makes a bias [B, 1, Q, S]: 2 GiB
+    for a row of 32,768 tokens, and as much for its gradient; a context axis shares it.
+    """
+    count = query.shape[1]
+    shards, full = layout.size(("context",)), count + count % 2  # cuDNN wants an even number
+    first = jax.lax.axis_index("context") if shards > 1 else 0
+
+    def attend(operands: Operands, fixed: Operands) -> Array:
+        query, key, value = (
+            _padded(x, parts, full) for x, parts in zip(operands, (1, shards, shards), strict=True)
+        )
+        segment_ids, first = fixed
+        segment_ids = _padded(segment_ids, shards, full, fill=-1)
+        index = jnp.arange(shards * full)
+        own, own_index = (
+            jax.lax.dynamic_slice_in_dim(x, first * full, full, axis=-1)
+            for x in (segment_ids, index)
+        )
+        visible = own[:, :, None] == segment_ids[:, None, :]
+        visible &= index <= own_index[:, None]
+        output = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=visible[:, None],
+            is_causal=shards == 1,  # the mask says it; like this, cuDNN leaves half of it out
+            implementation="cudnn",
+        )
+        return output[:, :count]
+
+    fixed = (segment_ids, jnp.asarray(first, jnp.int32))
+    return _library_kernel(attend, layout)((query, key, value), fixed)
+
+
+def _padded(x: Array, parts: int, full: int, fill: int = 0) -> Array:
+    """x[B, parts * count, ...] -> [B, parts * full, ...]: each part filled up at its end."""
+    split = x.reshape(x.shape[0], parts, -1, *x.shape[2:])
+    missing = (0, full - split.shape[2])
+    widths = [(0, 0), (0, 0), missing, *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(split, widths, constant_values=fill).reshape(
+        x.shape[0], parts * full, *x.shape[2:]
+    )
+
+
+def _block(count: int) -> int:
+    """The largest block for so many positions of which not more than an eighth would be padding."""
+    fitting = (block for block in BLOCKS if -count % block <= count // 8)
+    return next(fitting, LANES)
 
 
 def grouped_product(rows: Array, matrices: Array, sizes: Array, layout: Layout) -> Array:
@@ -132,18 +202,15 @@ def ragged_product(rows: Array, matrices: Array, sizes: Array, layout: Layout) -
     return _library_kernel(product, layout)((rows, matrices), (sizes,))
 
 
-def _splash(heads: int, length: int, shards: int, interpret: bool) -> Any:
+def _splash(heads: int, length: int, shards: int, block: int, interpret: bool) -> Any:
     mask = masks.MultiHeadMask([masks.CausalMask((length, length), shard_count=shards)] * heads)
-    queries, keys = (
-        next(block for block in BLOCKS if size % block == 0) for size in (length // shards, length)
-    )
     sizes = splash.BlockSizes(
-        block_q=queries,
-        block_kv=keys,
-        block_q_dq=queries,
-        block_kv_dq=keys,
-        block_q_dkv=queries,
-        block_kv_dkv=keys,
+        block_q=block,
+        block_kv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
     )
     return splash.make_splash_mha(
         mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret

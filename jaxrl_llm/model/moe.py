@@ -79,9 +79,8 @@ def dispatch(
       weights: f32[N, K], gate values.
       expert_params: gate and up [E, D, F], down [E, F, D]; cast to the dtype of x.
       implementation: "dense" computes all experts for all tokens (small batches); "blocked" sorts
-        tokens by expert into padded blocks and multiplies block by block (CPU); "ragged" is one
-        ragged product over the sorted tokens (GPU), "megablox" the same by a kernel for TPUs;
-        "auto" picks.
+        tokens by expert into padded blocks and multiplies block by block; "ragged" is one ragged
+        product over the sorted tokens, "megablox" the same by a kernel for TPUs; "auto" picks.
       layout: all of the above are this device's share, inside layout.shard(): its own tokens, its
         part of the experts and of their width F. Tokens travel to their experts and back
         (exchange), and what the parts of F give is added up.
@@ -100,26 +99,33 @@ def dispatch(
     return layout.total(output.astype(x.dtype), "mlp")
 
 
+def check_dispatch(implementation: Dispatch, layout: Layout) -> None:
+    """Raises ValueError for a kernel that the devices of this layout do not have."""
+    if implementation == "megablox" and layout.platform == "gpu":
+        raise ValueError(
+            "learner.compute.dispatch is megablox, a kernel for TPUs (interpreted on CPUs), and "
+            "this is a gpu; use auto, or ragged"
+        )
+
+
 def _resolve(
     implementation: Dispatch, tokens: int, platform: str, *, widths: tuple[int, ...]
 ) -> Implementation:
-    """What "auto" stands for. On CPU, blocks won at every size measured.
+    """What "auto" stands for.
 
     widths: D and F of a device.
-
-    Raises ValueError for "megablox" on a GPU.
     """
-    if implementation == "megablox" and platform == "gpu":
-        raise ValueError(
-            "compute.dispatch is megablox, a kernel for TPUs (interpreted on CPUs), and this is a "
-            "gpu; use auto or ragged"
-        )
     if implementation != "auto":
         return implementation
     if platform == "cpu":
-        return "blocked"
+        return "blocked"  # it won at every size measured
     if tokens <= FEW_TOKENS:
         return "dense"
+    if platform == "gpu":
+        # XLA computes a ragged product there as a dense one of every row with every expert: with
+        # a recent cuDNN only in the gradient by the matrices, before that everywhere, and it makes
+        # rows E times as wide for it. Blocks take the arithmetic and memory that the routing asks
+        # for, in many small products. Which is faster was not measured: there was no GPU.
+        return "blocked"
     # On a TPU the gradient of a ragged product by its matrices is computed for all groups alike.
-    fits = all(width % LANES == 0 for width in widths)
-    return "megablox" if platform == "tpu" and fits else "ragged"
+    return "megablox" if all(width % LANES == 0 for width in widths) else "ragged"

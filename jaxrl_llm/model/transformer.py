@@ -30,9 +30,9 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
-from jaxrl_llm.model.kernels import choose_attention, splash_attention
+from jaxrl_llm.model.kernels import choose_attention, cudnn_attention, splash_attention
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
-from jaxrl_llm.model.moe import dispatch, route, router_logits
+from jaxrl_llm.model.moe import check_dispatch, dispatch, route, router_logits
 from jaxrl_llm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
@@ -102,12 +102,20 @@ class Attention(nnx.Module):
                 for part in (key, value, segment_ids)
             )
             first = jax.lax.axis_index(context) * x.shape[1]
-        chosen, length = self.setup.compute.attention, segment_ids.shape[1]
-        if choose_attention(chosen, layout, head_dim=config.head_dim, length=length) == "splash":
-            attended = splash_attention(query, key, value, segment_ids, layout)
-        else:
-            chunk = self.setup.compute.attention_chunk
-            attended = segment_attention(query, key, value, segment_ids, chunk=chunk, first=first)
+        match choose_attention(self.setup.compute, layout, head_dim=config.head_dim):
+            case "splash":
+                attended = splash_attention(query, key, value, segment_ids, layout)
+            case "cudnn":
+                attended = cudnn_attention(query, key, value, segment_ids, layout)
+            case _:
+                attended = segment_attention(
+                    query,
+                    key,
+                    value,
+                    segment_ids,
+                    chunk=self.setup.compute.attention_chunk,
+                    first=first,
+                )
         output = linear(attended.reshape(*x.shape[:-1], -1), self.setup.weight(self.o))
         return layout.total(output, "heads")
 
@@ -292,9 +300,11 @@ def make_forward(
     With a mesh, arrays are split over it: parameters by the layout's rules, the rest and the output
     by rows and positions.
 
-    Raises ValueError when heads do not divide over the mesh, and when replayed routes or gates have
-    another shape.
+    Raises ValueError when heads do not divide over the mesh, when this backend lacks a kernel that
+    `compute` names, and, from forward, when replayed routes or gates have another shape.
     """
+    choose_attention(compute, layout, head_dim=config.head_dim)
+    check_dispatch(compute.dispatch, layout)
     parts = layout.size(layout.axes("heads"))
     for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
         if count % parts:

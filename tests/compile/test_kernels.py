@@ -14,14 +14,14 @@ import pytest
 from tests.compile.kernel_calls import HEAD_DIM, HEADS, LENGTH, MESH, MODEL, ROWS
 
 ROOT = Path(__file__).parent.parent.parent
+CHOICES = ("auto auto", "plain ragged")  # of attention and dispatch
 
 
 @pytest.fixture(scope="module")
 def programs() -> list[dict[str, Any]]:
-    """Of "auto", and of what XLA has without kernels of a library."""
+    """Of each of CHOICES."""
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.compile.kernel_calls"]
-        + ["auto auto", "plain ragged"],
+        [sys.executable, "-W", "error", "-m", "tests.compile.kernel_calls", *CHOICES],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,

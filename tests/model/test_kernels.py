@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl_llm.model import kernels
 from jaxrl_llm.model.config import Attention, ComputeConfig, ModelConfig, MoEConfig
-from jaxrl_llm.model.kernels import choose_attention, grouped_product, splash_attention
+from jaxrl_llm.model.kernels import (
+    choose_attention,
+    cudnn_attention,
+    grouped_product,
+    splash_attention,
+)
 from jaxrl_llm.model.layers import segment_attention
 from jaxrl_llm.model.transformer import init_params, make_forward, parameter_axes
 from jaxrl_llm.sharding import (
@@ -22,7 +28,7 @@ from jaxrl_llm.sharding import (
 )
 from tests.model.tiny import assert_close
 
-LENGTH, HEADS, KV_HEADS, SIZE = 256, 4, 2, 128
+LENGTH, HEADS, KV_HEADS, SIZE = 384, 4, 2, 128  # of three blocks
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -36,24 +42,52 @@ def packed(rows: int) -> np.ndarray:
     return np.stack([1 + (place >= a) - 2 * (place >= b) for a, b in cuts]).astype(np.int32)
 
 
-def test_splash_attention_is_attention() -> None:
+@pytest.fixture
+def cudnn_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX's own computation in cuDNN's place, which is called in the same way, on GPUs only."""
+    attention = jax.nn.dot_product_attention
+
+    def instead(*arguments: Any, implementation: str, **settings: Any) -> jax.Array:
+        assert implementation == "cudnn"
+        return attention(*arguments, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+
+
+@pytest.mark.usefixtures("cudnn_on_cpu")
+@pytest.mark.parametrize("length", [LENGTH, 131], ids=["whole", "padded"])
+@pytest.mark.parametrize("kernel", [splash_attention, cudnn_attention])
+def test_a_kernel_of_attention_is_attention(kernel: Any, length: int) -> None:
     """On real tokens: what padding attends to is nobody's business, but it must be finite."""
-    ids = packed(2)
+    ids = packed(3)[:, :length]
+    ids[2] = 0  # a row of padding alone
     operands = tuple(
-        normal(2, LENGTH, heads, SIZE, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)
+        normal(3, length, heads, SIZE, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    probe = normal(2, LENGTH, HEADS, SIZE, seed=9) * (ids > 0)[..., None, None]
+    probe = normal(3, length, HEADS, SIZE, seed=9) * (ids > 0)[..., None, None]
 
-    def plain(*operands: jax.Array) -> jax.Array:
-        return jnp.sum(probe * segment_attention(*operands, ids, chunk=0))
+    def plain(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = segment_attention(*operands, ids, chunk=0)
+        return jnp.sum(probe * output), output
 
-    def kernel(*operands: jax.Array) -> jax.Array:
-        return jnp.sum(probe * splash_attention(*operands, ids, ONE_DEVICE))
+    def by_kernel(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        output = kernel(*operands, ids, ONE_DEVICE)
+        return jnp.sum(probe * output), output
 
     found, wanted = (
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*operands) for f in (kernel, plain)
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(*operands)
+        for f in (by_kernel, plain)
     )
-    assert_close(found, wanted, 3e-5)
+    assert np.all(np.isfinite(found[0][1]))
+    assert_close(found[0][1][ids > 0], wanted[0][1][ids > 0], 3e-5)
+    assert_close(found[1], wanted[1], 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "block"), [(8, 128), (384, 128), (640, 128), (768, 256), (1000, 512), (4095, 512)]
+)
+def test_blocks_are_large_where_that_pads_little(count: int, block: int) -> None:
+    assert kernels._block(count) == block
 
 
 @pytest.mark.parametrize("rows", [192, 4096])
@@ -93,12 +127,18 @@ CONFIG = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.usefixtures("cudnn_on_cpu")
+@pytest.mark.parametrize(
+    ("attention", "remat"), [("splash", "none"), ("splash", "block"), ("cudnn", "block")]
+)
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(), MeshConfig(expert=2, context=2, tensor=2)], ids=["one", "eight"]
 )
-def test_a_model_of_kernels_is_the_plain_model(mesh: MeshConfig, remat: Any) -> None:
+def test_a_model_of_kernels_is_the_plain_model(
+    mesh: MeshConfig, attention: Attention, remat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Inside the model's shard_map, with rows that are split: values, every gradient leaf."""
+    monkeypatch.setattr(kernels, "_obstacle", lambda *_: "")  # cuDNN's, which is not really called
     rows = 4
     tokens = np.random.default_rng(0).integers(0, 16, (rows, LENGTH)).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
@@ -116,8 +156,8 @@ def test_a_model_of_kernels_is_the_plain_model(mesh: MeshConfig, remat: Any) -> 
         return jax.device_get(jax.jit(jax.value_and_grad(total))(placed, *batch))
 
     plain = ComputeConfig(attention="plain", dispatch="dense", remat=remat)
-    kernels = dataclasses.replace(plain, attention="splash", dispatch="megablox")
-    assert_close(run(make_layout(mesh), kernels), run(make_layout(MeshConfig()), plain), 5e-5)
+    by_kernels = dataclasses.replace(plain, attention=attention, dispatch="megablox")
+    assert_close(run(make_layout(mesh), by_kernels), run(make_layout(MeshConfig()), plain), 5e-5)
 
 
 class Elsewhere(Layout):
@@ -133,25 +173,47 @@ def elsewhere(platform: str) -> Layout:
 
 
 @pytest.mark.parametrize(
-    ("platform", "head_dim", "length", "chosen"),
+    ("platform", "dtype", "head_dim", "chosen"),
     [
-        ("cpu", 128, 256, "plain"),
-        ("gpu", 128, 256, "plain"),
-        ("tpu", 128, 256, "splash"),
-        ("tpu", 64, 256, "plain"),
-        ("tpu", 128, 257, "plain"),
+        ("cpu", "bfloat16", 128, "plain"),
+        ("tpu", "float32", 128, "splash"),
+        ("tpu", "bfloat16", 64, "plain"),
+        ("gpu", "bfloat16", 64, "cudnn"),
+        ("gpu", "float32", 128, "plain"),
+        ("gpu", "bfloat16", 256, "plain"),
     ],
 )
 def test_auto_takes_a_kernel_where_there_is_one(
-    platform: str, head_dim: int, length: int, chosen: Attention
+    platform: str, dtype: Any, head_dim: int, chosen: Attention
 ) -> None:
-    layout = elsewhere(platform)
-    assert choose_attention("auto", layout, head_dim=head_dim, length=length) == chosen
-    assert choose_attention("plain", layout, head_dim=head_dim, length=length) == "plain"
+    layout, compute = elsewhere(platform), ComputeConfig(dtype=dtype)
+    assert choose_attention(compute, layout, head_dim=head_dim) == chosen
+    plain = dataclasses.replace(compute, attention="plain")
+    assert choose_attention(plain, layout, head_dim=head_dim) == "plain"
 
 
-def test_a_kernel_that_cannot_run_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"compute.attention is splash, .* this is a gpu"):
-        choose_attention("splash", elsewhere("gpu"), head_dim=128, length=256)
-    with pytest.raises(ValueError, match=r"head_dim \(64\) .* \(256 over 1\) .* multiples of 128"):
-        choose_attention("splash", elsewhere("tpu"), head_dim=64, length=256)
+@pytest.mark.parametrize(
+    ("platform", "choice", "message"),
+    [
+        ("gpu", {"attention": "splash"}, "attention is splash, a kernel for TPUs .* this is a gpu"),
+        ("tpu", {"attention": "splash"}, "multiple of 128, and model.head_dim is 4; use auto, or"),
+        ("tpu", {"attention": "cudnn"}, "attention is cudnn, a library for NVIDIA GPUs, .* a tpu"),
+        ("gpu", {"attention": "cudnn"}, "learner.compute.dtype is float32; use auto, or plain"),
+        (
+            "gpu",
+            {"attention": "cudnn", "dtype": "bfloat16"},
+            "as wide as 8, 16, ... 128, and model.head_dim is 4",
+        ),
+        (
+            "gpu",
+            {"dispatch": "megablox"},
+            "dispatch is megablox, a kernel for TPUs .* use auto, or",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused_by_name_before_anything_is_traced(
+    platform: str, choice: dict[str, Any], message: str
+) -> None:
+    narrow = dataclasses.replace(CONFIG, head_dim=4)
+    with pytest.raises(ValueError, match=message):
+        make_forward(narrow, ComputeConfig(**choice), elsewhere(platform))

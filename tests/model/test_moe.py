@@ -276,18 +276,21 @@ def test_the_blocked_gradient_makes_no_array_of_parameters_per_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "tokens", "chosen"),
-    [("cpu", 1, "blocked"), ("tpu", 64, "dense"), ("tpu", 65, "megablox"), ("gpu", 4096, "ragged")],
+    ("platform", "tokens", "widths", "chosen"),
+    [
+        ("cpu", 1, (256, 128), "blocked"),
+        ("tpu", 64, (256, 128), "dense"),
+        ("tpu", 65, (256, 128), "megablox"),
+        ("tpu", 65, (256, 100), "ragged"),
+        ("gpu", 64, (256, 128), "dense"),
+        ("gpu", 65, (256, 128), "blocked"),
+    ],
 )
-def test_auto_picks_by_platform_and_batch(platform: str, tokens: int, chosen: str) -> None:
-    assert moe._resolve("auto", tokens, platform, widths=(256, 128)) == chosen
-    assert moe._resolve("dense", tokens, platform, widths=(8, 8)) == "dense"
-
-
-def test_a_kernel_that_cannot_run_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"compute.dispatch is megablox, .* this is a gpu"):
-        moe._resolve("megablox", 4096, "gpu", widths=(256, 128))
-    assert moe._resolve("auto", 4096, "tpu", widths=(256, 100)) == "ragged"
+def test_auto_picks_by_platform_and_batch(
+    platform: str, tokens: int, widths: tuple[int, int], chosen: str
+) -> None:
+    assert moe._resolve("auto", tokens, platform, widths=widths) == chosen
+    assert moe._resolve("dense", tokens, platform, widths=widths) == "dense"
 
 
 @pytest.mark.parametrize(

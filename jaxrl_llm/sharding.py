@@ -153,8 +153,11 @@ class Layout:
         """
         if self.mesh is None:
             return function
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=inward, out_specs=outward, axis_names=set(AXES)
+        mapped = jax.sharding.auto_axes(
+            jax.shard_map(function, in_specs=inward, out_specs=outward, axis_names=set(AXES)),
+            # Left explicit, JAX 0.12 could not lower a reduce-scatter inside.
+            axes=KERNEL_AXIS,
+            out_sharding=jax.tree.map(self._named, outward, is_leaf=_is_spec),
         )
 
         def checked(*arguments: Any) -> Any:
@@ -182,6 +185,10 @@ class Layout:
                 )
 
         jax.tree_util.tree_map_with_path(check, values, jax.tree.broadcast(specs, values))
+
+    def _named(self, spec: PartitionSpec) -> NamedSharding:
+        assert self.mesh is not None, "an array without a mesh is on one device"
+        return NamedSharding(self.mesh, spec)
 
     def _splits(self, spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
         """The axes that split each dimension, up to the last one that is split."""
@@ -226,6 +233,10 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
 def varying(x: jax.Array) -> frozenset[str]:
     """The mesh axes on whose devices x is typed as different, inside Layout.shard()."""
     return jax.typeof(x).manual_axis_type.varying
@@ -251,7 +262,7 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    types = (*[AxisType.Explicit] * len(AXES), AxisType.Auto)
+    types = (AxisType.Explicit,) * (len(AXES) + 1)
     mesh = jax.make_mesh((*shape, 1), (*AXES, KERNEL_AXIS), types, devices=available[:wanted])
     return Layout(mesh, config.rules)
 
@@ -274,7 +285,7 @@ def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callabl
     The compiler finds the communication. For losses and metrics, which are pure functions of arrays
     with a number or two per token; not for the model.
     """
-    return jax.sharding.auto_axes(function, axes=AXES, out_sharding=outward)
+    return jax.sharding.auto_axes(function, axes=(*AXES, KERNEL_AXIS), out_sharding=outward)
 
 
 def parameter_shardings(shapes: Any, axes: Any, layout: Layout) -> Any:

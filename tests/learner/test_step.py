@@ -103,14 +103,16 @@ def values(metrics: dict[str, Mean]) -> dict[str, float]:
     return {name: float(mean.value()) for name, mean in metrics.items()}
 
 
-def assert_close(left: Params, right: Params) -> None:
-    """Every leaf to 1e-5 of each element, or 5e-6 of its largest where that is more."""
+def assert_close(left: Params, right: Params, tolerance: float = 1e-5) -> None:
+    """Every leaf to `tolerance` of each element, or half of that of its largest if that is more."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
 
     def one(path: tuple, a: jax.Array, b: jax.Array) -> None:
-        atol = 5e-6 * float(np.max(np.abs(b)))
+        atol = tolerance / 2 * float(np.max(np.abs(b)))
         assert atol > 0, jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
 
     jax.tree_util.tree_map_with_path(one, left, right)
 
@@ -237,7 +239,10 @@ def by_plain(batch: TrainBatch):
 def test_an_update_by_kernels_is_the_plain_update(
     config: MeshConfig, remat: str, batch: TrainBatch, by_plain
 ) -> None:
-    """Packed rows, replayed routes, micro-batches: loss, metrics, every gradient leaf."""
+    """Packed rows, replayed routes, micro-batches: loss, metrics, every gradient leaf.
+
+    To 5e-5: the kernels add up in another order, the shares of a softmax among others.
+    """
     compute = ComputeConfig(
         attention="splash",
         dispatch="megablox",
@@ -245,8 +250,9 @@ def test_an_update_by_kernels_is_the_plain_update(
         logprob_chunk=3,
     )
     state, metrics = update_on(config, batch, WIDE, compute)
-    assert_close(optax.tree.get(state.opt_state, "mu"), optax.tree.get(by_plain[0].opt_state, "mu"))
-    assert metrics == pytest.approx(by_plain[1], rel=1e-5, abs=1e-6)
+    wanted = optax.tree.get(by_plain[0].opt_state, "mu")
+    assert_close(optax.tree.get(state.opt_state, "mu"), wanted, 5e-5)
+    assert metrics == pytest.approx(by_plain[1], rel=5e-5, abs=1e-6)
 
 
 def test_eight_devices_score_as_one_does(batch: TrainBatch) -> None:

@@ -99,13 +99,28 @@ def dispatch(
     return layout.total(output.astype(x.dtype), "mlp")
 
 
-def check_dispatch(implementation: Dispatch, layout: Layout) -> None:
-    """Raises ValueError for a kernel that the devices of this layout do not have."""
-    if implementation == "megablox" and layout.platform == "gpu":
+def check_dispatch(implementation: Dispatch, layout: Layout, *, widths: tuple[int, int]) -> None:
+    """Raises ValueError for a kernel that the devices of this layout cannot run.
+
+    widths: D and F of the model.
+    """
+    if implementation != "megablox":
+        return
+    if layout.platform == "gpu":
         raise ValueError(
             "learner.compute.dispatch is megablox, a kernel for TPUs (interpreted on CPUs), and "
             "this is a gpu; use auto, or ragged"
         )
+    here = (widths[0], widths[1] // layout.size(layout.axes("mlp")))
+    if layout.platform == "tpu" and not _fit_kernel(here):
+        raise ValueError(
+            f"learner.compute.dispatch is megablox, for multiples of {LANES}, and on a device "
+            f"model.width is {here[0]} and model.moe.expert_width {here[1]}; use auto, or ragged"
+        )
+
+
+def _fit_kernel(widths: tuple[int, ...]) -> bool:
+    return all(width % LANES == 0 for width in widths)
 
 
 def _resolve(
@@ -128,4 +143,4 @@ def _resolve(
         # for, in many small products. Which is faster was not measured: there was no GPU.
         return "blocked"
     # On a TPU the gradient of a ragged product by its matrices is computed for all groups alike.
-    return "megablox" if all(width % LANES == 0 for width in widths) else "ragged"
+    return "megablox" if _fit_kernel(widths) else "ragged"

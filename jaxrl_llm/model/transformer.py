@@ -304,7 +304,7 @@ def make_forward(
     `compute` names, and, from forward, when replayed routes or gates have another shape.
     """
     choose_attention(compute, layout, head_dim=config.head_dim)
-    check_dispatch(compute.dispatch, layout)
+    check_dispatch(compute.dispatch, layout, widths=(config.width, config.moe.expert_width))
     parts = layout.size(layout.axes("heads"))
     for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
         if count % parts:

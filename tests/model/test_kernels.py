@@ -208,11 +208,17 @@ def test_auto_takes_a_kernel_where_there_is_one(
             {"dispatch": "megablox"},
             "dispatch is megablox, a kernel for TPUs .* use auto, or",
         ),
+        (
+            "tpu",
+            {"dispatch": "megablox"},
+            "model.width is 128 and model.moe.expert_width 96; use auto, or ragged",
+        ),
     ],
 )
 def test_a_kernel_that_cannot_run_is_refused_by_name_before_anything_is_traced(
     platform: str, choice: dict[str, Any], message: str
 ) -> None:
-    narrow = dataclasses.replace(CONFIG, head_dim=4)
+    moe = dataclasses.replace(CONFIG.moe, expert_width=96)
+    narrow = dataclasses.replace(CONFIG, head_dim=4, moe=moe)
     with pytest.raises(ValueError, match=message):
         make_forward(narrow, ComputeConfig(**choice), elsewhere(platform))

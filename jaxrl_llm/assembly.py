@@ -186,7 +186,8 @@ def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
 def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     """Make the parts; `stack` closes those that hold files or processes.
 
-    Raises ValueError where the config contradicts the data, the tokenizer or the run directory.
+    Raises ValueError where the config contradicts the data, the tokenizer, the run directory or the
+    devices.
     """
     tokenizer = make_tokenizer(config.task.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -194,7 +195,9 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
             f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
             f"{tokenizer.vocab_size} ids; raise model.vocab_size"
         )
+    # First: a kernel that these devices lack is refused before anything is written or asked for.
     layout = make_layout(config.learner.mesh)
+    steps = learner_steps(config, layout)
     from_first(lambda: _open_directory(config, stack))
     train = load_prompts(config.task.data, tokenizer, "train")
     heldout = heldout_prompts(config, tokenizer)
@@ -216,7 +219,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
         under_way=UnderWay(),
         cold_optimizer=cold_optimizer,
         optimizer=optimizer,
-        steps=learner_steps(config, layout),
+        steps=steps,
         checkpoints=stack.enter_context(
             Checkpoints(config.directory / CHECKPOINTS, config.checkpoint)
         ),

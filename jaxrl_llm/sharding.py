@@ -12,6 +12,7 @@ An axis of size 1 appears in no type and costs nothing.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -28,6 +29,10 @@ BATCH_AXES = ("data", "fsdp", "expert")
 
 TOKEN_AXES = (*BATCH_AXES, "context")
 """The axes whose devices have different tokens: rows, and under "context" positions of a row."""
+
+KERNEL_AXIS = "kernel"
+"""One more axis of every mesh, always of one device: the border of library kernels, see kernels.py.
+Arrays are not split over it and Layout.shard() leaves it out."""
 
 LogicalNames = tuple[str | None, ...]
 """The name of every dimension of a parameter; None for one that is never split."""
@@ -101,7 +106,7 @@ class Layout:
     whole(), total(), share() and vary() are for code inside shard().
     """
 
-    mesh: Mesh | None = None  # with all of AXES
+    mesh: Mesh | None = None  # with all of AXES, and KERNEL_AXIS
     rules: ShardingRules = ShardingRules()
 
     @property
@@ -148,10 +153,55 @@ class Layout:
         """The function applied to each device's share; the function itself without a mesh.
 
         inward, outward: a PartitionSpec for every argument and for the result, as of shard_map.
+
+        Raises ValueError, while tracing, for an argument that is split otherwise: it is not copied.
         """
         if self.mesh is None:
             return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=inward, out_specs=outward)
+        mapped = jax.sharding.auto_axes(
+            jax.shard_map(function, in_specs=inward, out_specs=outward, axis_names=set(AXES)),
+            # Left explicit, JAX 0.12 could not lower a reduce-scatter inside.
+            axes=KERNEL_AXIS,
+            out_sharding=jax.tree.map(self._named, outward, is_leaf=_is_spec),
+        )
+
+        def checked(*arguments: Any) -> Any:
+            # JAX itself does not check, in all of its versions, where an axis is left out.
+            self._check_splits(function, inward, arguments)
+            return mapped(*arguments)
+
+        return checked
+
+    def _check_splits(
+        self, function: Callable[..., Any], inward: tuple[Any, ...], arguments: tuple[Any, ...]
+    ) -> None:
+        signature = inspect.signature(function)
+        specs, values = (signature.bind(*each).arguments for each in (inward, arguments))
+
+        def check(path: tuple[Any, ...], value: Any, spec: PartitionSpec) -> None:
+            type_ = jax.typeof(value)
+            found, wanted = self._splits(type_.sharding.spec), self._splits(spec)
+            if found != wanted:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"{name}, of shape {type_.shape}, has dimensions split over {found}, and the "
+                    f"mesh and its rules want {wanted}; put it on the devices with jax.device_put "
+                    "and the sharding of batch_sharding() or parameter_shardings()"
+                )
+
+        jax.tree_util.tree_map_with_path(check, values, jax.tree.broadcast(specs, values))
+
+    def _named(self, spec: PartitionSpec) -> NamedSharding:
+        assert self.mesh is not None, "an array without a mesh is on one device"
+        return NamedSharding(self.mesh, spec)
+
+    def _splits(self, spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+        """The axes that split each dimension, up to the last one that is split."""
+        axes = [(part,) if isinstance(part, str) else part or () for part in spec]
+        splits = [self.split(part) for part in axes]
+        while splits and not splits[-1]:
+            splits.pop()
+        return tuple(splits)
 
     def vary(self, tree: Any, axes: Sequence[str]) -> Any:
         """The same values, typed as different on the devices of these axes.
@@ -186,6 +236,10 @@ class Layout:
 
 
 ONE_DEVICE = Layout()
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def varying(x: jax.Array) -> tuple[str, ...]:
@@ -224,8 +278,8 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    explicit = (AxisType.Explicit,) * len(AXES)
-    mesh = jax.make_mesh(shape, AXES, explicit, devices=available[:wanted])
+    types = (AxisType.Explicit,) * (len(AXES) + 1)
+    mesh = jax.make_mesh((*shape, 1), (*AXES, KERNEL_AXIS), types, devices=available[:wanted])
     return Layout(mesh, config.rules)
 
 
@@ -263,7 +317,7 @@ def partitioned(function: Callable[..., Any], outward: NamedSharding) -> Callabl
     The compiler finds the communication. For losses and metrics, which are pure functions of arrays
     with a number or two per token; not for the model.
     """
-    return jax.sharding.auto_axes(function, axes=AXES, out_sharding=outward)
+    return jax.sharding.auto_axes(function, axes=(*AXES, KERNEL_AXIS), out_sharding=outward)
 
 
 def parameter_shardings(shapes: Any, axes: Any, layout: Layout) -> Any:

@@ -18,6 +18,7 @@ from jaxrl_llm.learner.state import abstract_state, init_state, make_optimizer, 
 from jaxrl_llm.lock import locked
 from jaxrl_llm.main import main
 from jaxrl_llm.model import hf
+from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.model.hf_config import config_json, read_model_config
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
@@ -106,6 +107,18 @@ def test_absent_weights_are_refused_before_the_run_directory_is_taken(
         assembled(vary(found, "model", num_layers=3))
     assembled(found)
     assert (tmp_path / "run" / "config.json").is_file()
+
+
+def test_a_kernel_that_the_devices_lack_is_refused_before_the_run_directory_is_taken(
+    tmp_path: Path,
+) -> None:
+    compute = ComputeConfig(attention="cudnn", dtype="bfloat16")
+    config = vary(tiny_config(tmp_path / "run"), "learner", compute=compute)
+    with pytest.raises(
+        ValueError, match=r"attention is cudnn, .* this is a cpu; use auto, or plain"
+    ):
+        assembled(config)
+    assert not config.directory.exists()
 
 
 def test_a_publication_is_checked_before_it_is_started_from(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.sharding import (
     AXES,
+    KERNEL_AXIS,
     ONE_DEVICE,
     MeshConfig,
     ShardingRules,
@@ -21,8 +22,8 @@ from jaxrl_llm.sharding import (
 
 def test_all_axes_exist_and_default_to_one_device() -> None:
     mesh = make_layout(MeshConfig()).mesh
-    assert mesh.axis_names == AXES
-    assert dict(mesh.shape) == dict.fromkeys(AXES, 1)
+    assert mesh.axis_names == (*AXES, KERNEL_AXIS)
+    assert dict(mesh.shape) == dict.fromkeys(mesh.axis_names, 1)
     assert mesh.devices.size == 1
 
 
@@ -107,9 +108,19 @@ def test_batches_split_by_row_and_position() -> None:
 
 def test_a_split_that_does_not_match_is_an_error_not_a_copy() -> None:
     layout = make_layout(MeshConfig(data=2))
-    add = layout.shard(lambda x: x + 1, (layout.tokens,), layout.tokens)
-    with pytest.raises(ValueError, match="does not match the specs of the input"):
-        jax.jit(add)(jax.device_put(np.zeros((4, 2)), replicated(layout)))
+    rows, whole = batch_sharding(layout), replicated(layout)
+
+    def add(batch: dict[str, jax.Array], scale: jax.Array, absent: None) -> jax.Array:
+        return batch["x"] * scale + batch["y"]
+
+    split = layout.shard(add, (layout.tokens, PartitionSpec(), layout.tokens), layout.tokens)
+    x, one = np.ones((4, 2)), jax.device_put(np.ones(()), whole)
+    good, bad = jax.device_put(x, rows), jax.device_put(x, whole)
+    np.testing.assert_array_equal(jax.jit(split)({"x": good, "y": good}, one, None), 2 * x)
+    message = r"batch.y, of shape \(4, 2\), .* over \(\), .* want \(\('data',\),\); put it"
+    for wrap in (lambda f: f, jax.jit):
+        with pytest.raises(ValueError, match=message):
+            wrap(split)({"x": good, "y": bad}, one, None)
 
 
 def test_pure_functions_see_whole_arrays() -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 HBM = 0
 """The memory space of ordinary device memory; a TPU's others are on its chip or on the host."""
@@ -141,7 +141,7 @@ def parse(text: str) -> Program:
     entry, name = "", ""
     instructions: dict[str, Instruction] = {}
     root: Instruction | None = None
-    for line in text.splitlines():
+    for line in _logical_lines(text):
         if header := _HEADER.match(line):
             name, instructions, root = header.group(2), {}, None
             entry = name if header.group(1) else entry
@@ -156,6 +156,18 @@ def parse(text: str) -> Program:
     if entry not in computations:
         raise ValueError("the text is no compiled XLA program: it has no ENTRY computation")
     return Program(computations, entry)
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+    """Lines; one that goes on with text of a kernel's author, which may break it, is made whole."""
+    pending = ""
+    for line in text.splitlines():
+        if line.rstrip() == "}" or _HEADER.match(line) or _LINE.match(line):
+            yield pending
+            pending = line
+        else:
+            pending += line
+    yield pending
 
 
 def _instruction(name: str, text: str) -> Instruction:

@@ -18,6 +18,12 @@ from jaxrl_llm.compile.hlo import Computation, Instruction, Shape
 _SOFTMAX = "online-softmax"
 _NO_PRODUCTS = "ragged-dot-metadata"  # which blocks of rows are of which group
 
+# The passes of JAX's splash attention, which has no estimate either, and the products of each:
+# scores and output; scores, the gradient of shares and that of queries; the first two of these and
+# the gradients of keys and of values.
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)_")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
 _LABELS = re.compile(r"(\w+)_(\w+)->(\w+)")
 
 
@@ -30,6 +36,8 @@ def product_flops(computation: Computation, instruction: Instruction) -> int:
             return _convolution(computation, instruction)
         case "custom-call" if instruction.origin == _SOFTMAX:
             return _softmax(computation, instruction)
+        case "custom-call" if found := _SPLASH.search(instruction.origin):
+            return _SPLASH_PRODUCTS[found.group(1)] * _splash_product(computation, instruction)
         case "custom-call":
             return instruction.number("flops") or 0
     return 0
@@ -42,6 +50,7 @@ def is_unknown_kernel(instruction: Instruction) -> bool:
         and "tpu_custom_call" in instruction.value("custom_call_target")
         and instruction.number("flops") is None
         and instruction.origin not in (_SOFTMAX, _NO_PRODUCTS)
+        and not _SPLASH.search(instruction.origin)
     )
 
 
@@ -60,6 +69,23 @@ def _softmax(computation: Computation, instruction: Instruction) -> int:
     scores = _operand(computation, instruction, 0)
     values = _operand(computation, instruction, 1)
     return 2 * scores.elements * values.sizes[-1]
+
+
+def _splash_product(computation: Computation, instruction: Instruction) -> int:
+    """One product of queries [..., H, Q, P] with keys [..., S, P] in the blocks that are computed.
+
+    Those are the blocks that the causal mask leaves, whole, also those on its edge. The segments of
+    packed rows hide more, but the kernel computes it and masks. Where Q < S, devices share a row:
+    the share at its end is counted, which sees the most and which the others wait for.
+    """
+    rows, columns = _operand(computation, instruction, 0).sizes[-2:]  # what is known of each block
+    shapes = (computation.shapes_of(name)[0] for name in instruction.operands)
+    query, key = [shape.sizes for shape in shapes if re.match(r"b?f\d", shape.dtype)][:2]
+    queries, keys = query[-2], key[-2]
+    height, width = queries // rows, keys // columns
+    ends = keys - queries + height * (1 + np.arange(rows))  # keys before the last query of a block
+    blocks = int(np.sum(-(-ends // width)))
+    return 2 * math.prod(query[:-2]) * query[-1] * blocks * height * width
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-Dispatch = Literal["auto", "dense", "blocked", "ragged"]
+Dispatch = Literal["auto", "dense", "blocked", "ragged", "megablox"]
+Attention = Literal["auto", "plain", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
     remat: Literal["none", "block", "dots"] = "block"  # layers recomputed; dots keeps products
     dispatch: Dispatch = "auto"  # how tokens meet experts; auto picks by backend and batch
-    attention_chunk: int = 0  # queries attended at once, to save memory; 0: all of them
+    attention: Attention = "auto"  # auto: splash on TPUs, cudnn on GPUs, plain where they cannot
+    attention_chunk: int = 0  # plain attention: queries at once, to save memory; 0: all of them
     logprob_chunk: int = 256  # positions whose logits exist at once
 
     def __post_init__(self) -> None:

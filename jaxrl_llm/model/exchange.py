@@ -12,6 +12,7 @@ Shapes: N tokens here, D width, K experts per token, P devices of the axis, C ro
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -27,7 +28,7 @@ from jaxrl_llm.model.grouped import (
     sorted_assignments,
     to_rows,
 )
-from jaxrl_llm.sharding import varying
+from jaxrl_llm.sharding import Layout, varying
 
 Array = jax.Array
 
@@ -52,9 +53,10 @@ class _Plan:
     rounds: Array  # i32[], the same on all devices
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def exchange(
     implementation: Implementation,
+    layout: Layout,
     x: Array,
     experts: Array,
     weights: Array,
@@ -69,34 +71,38 @@ def exchange(
     not known would have to store each of them.
     """
     plan, capacity = _plan(experts, params)
+    compute = partial(expert_sum, implementation=implementation, layout=layout)
 
     def add(index: Array, total: Array) -> Array:
-        return total + _round(implementation, plan, capacity, index, x, weights, params)
+        return total + _round(compute, plan, capacity, index, x, weights, params)
 
     return jax.lax.fori_loop(0, plan.rounds, add, jnp.zeros_like(x, jnp.float32))
 
 
 def _forward(
     implementation: Implementation,
+    layout: Layout,
     x: Array,
     experts: Array,
     weights: Array,
     params: Experts,
 ) -> tuple[Array, tuple[Array, Array, Array, Experts]]:
-    output = exchange(implementation, x, experts, weights, params)
+    output = exchange(implementation, layout, x, experts, weights, params)
     return output, (x, experts, weights, params)
 
 
 def _backward(
     implementation: Implementation,
+    layout: Layout,
     saved: tuple[Array, Array, Array, Experts],
     gradient: Array,
 ) -> tuple[Array, None, Array, Experts]:
     x, experts, weights, params = saved
     plan, capacity = _plan(experts, params)
+    compute = partial(expert_sum, implementation=implementation, layout=layout)
 
     def add(index: Array, totals: tuple[Array, Array, Experts]) -> tuple[Array, Array, Experts]:
-        contribution = partial(_round, implementation, plan, capacity, index)
+        contribution = partial(_round, compute, plan, capacity, index)
         _, pullback = jax.vjp(contribution, x, weights, params)
         return jax.tree.map(jnp.add, totals, pullback(gradient))
 
@@ -134,7 +140,7 @@ def _plan(experts: Array, params: Experts) -> tuple[_Plan, int]:
 
 
 def _round(
-    implementation: Implementation,
+    compute: Callable[..., Array],
     plan: _Plan,
     capacity: int,
     index: Array,
@@ -157,5 +163,5 @@ def _round(
     travel = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
     received, ids = travel(to_rows(x, moves)), travel(ids.reshape(-1, 1))
     ones = jnp.ones_like(ids, jnp.float32)
-    computed = expert_sum(received, ids, ones, params, implementation).astype(x.dtype)
+    computed = compute(received, ids, ones, params).astype(x.dtype)
     return combine(from_rows(travel(computed), moves), weights)

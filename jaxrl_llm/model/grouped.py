@@ -1,7 +1,7 @@
 """A device's experts on the tokens it has: the sum that dispatch() of moe.py promises, locally.
 
-Three implementations that agree in values and gradients: dense computes all experts for all tokens;
-blocked and ragged sort the tokens by expert and multiply each group by its expert's matrices.
+The implementations agree in values and gradients: dense computes all experts for all tokens; the
+others sort the tokens by expert and multiply each group by its expert's matrices.
 
 Shapes: N tokens, D width, E experts here, K experts per token, F width inside one expert.
 """
@@ -17,15 +17,23 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.model.kernels import grouped_product, ragged_product
+from jaxrl_llm.sharding import Layout
+
 Array = jax.Array
 Experts = dict[str, Array]
 """Expert parameters of one layer: gate and up [E, D, F], down [E, F, D]."""
 
-Implementation = Literal["dense", "blocked", "ragged"]
+Implementation = Literal["dense", "blocked", "ragged", "megablox"]
 
 
 def expert_sum(
-    x: Array, experts: Array, weights: Array, params: Experts, implementation: Implementation
+    x: Array,
+    experts: Array,
+    weights: Array,
+    params: Experts,
+    implementation: Implementation,
+    layout: Layout,
 ) -> Array:
     """Sum over k of weights[n, k] * swiglu of expert experts[n, k] on x[n]: [N, D] -> f32[N, D].
 
@@ -40,7 +48,8 @@ def expert_sum(
     if implementation == "blocked":
         rows = _blocked(rows, params, order)
     else:  # the product of rows past the last expert's is undefined, but nothing reads it
-        rows = _swiglu(rows, params, partial(jax.lax.ragged_dot, group_sizes=order.sizes))
+        product = grouped_product if implementation == "megablox" else ragged_product
+        rows = _swiglu(rows, params, partial(product, sizes=order.sizes, layout=layout))
     return combine(from_rows(rows, order.moves), weights)
 
 

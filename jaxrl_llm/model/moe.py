@@ -16,6 +16,7 @@ from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import Dispatch
 from jaxrl_llm.model.exchange import exchange
 from jaxrl_llm.model.grouped import Experts, Implementation, expert_sum
+from jaxrl_llm.model.kernels import LANES
 from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout
 
 Array = jax.Array
@@ -78,29 +79,68 @@ def dispatch(
       weights: f32[N, K], gate values.
       expert_params: gate and up [E, D, F], down [E, F, D]; cast to the dtype of x.
       implementation: "dense" computes all experts for all tokens (small batches); "blocked" sorts
-        tokens by expert into padded blocks and multiplies block by block (CPU); "ragged" is one
-        ragged product over the sorted tokens (GPU, TPU); "auto" picks.
+        tokens by expert into padded blocks and multiplies block by block; "ragged" is one ragged
+        product over the sorted tokens, "megablox" the same by a kernel for TPUs; "auto" picks.
       layout: all of the above are this device's share, inside layout.shard(): its own tokens, its
         part of the experts and of their width F. Tokens travel to their experts and back
         (exchange), and what the parts of F give is added up.
     """
-    chosen = _resolve(implementation, x.shape[0], layout.platform)
+    widths = expert_params["gate"].shape[1:]
+    chosen = _resolve(implementation, x.shape[0], layout.platform, widths=widths)
     # Every operand is first made to vary over the axes that any of them varies over. The sums over
     # devices that the gradient needs then stand at this border. Left inside, they depend on which
     # values JAX takes to be equal on all devices, and it takes argsort's result to be, silently.
     axes = (*TOKEN_AXES, *layout.axes("mlp"))
     x, experts, weights, expert_params = layout.vary((x, experts, weights, expert_params), axes)
     if layout.axes("expert"):
-        output = exchange(chosen, x, experts, weights, expert_params)
+        output = exchange(chosen, layout, x, experts, weights, expert_params)
     else:
-        output = expert_sum(x, experts, weights, expert_params, chosen)
+        output = expert_sum(x, experts, weights, expert_params, chosen, layout)
     return layout.total(output.astype(x.dtype), "mlp")
 
 
-def _resolve(implementation: Dispatch, tokens: int, platform: str) -> Implementation:
-    """What "auto" stands for. On CPU, blocks won at every size measured."""
+def check_dispatch(implementation: Dispatch, layout: Layout, *, widths: tuple[int, int]) -> None:
+    """Raises ValueError for a kernel that the devices of this layout cannot run.
+
+    widths: D and F of the model.
+    """
+    if implementation != "megablox":
+        return
+    if layout.platform == "gpu":
+        raise ValueError(
+            "learner.compute.dispatch is megablox, a kernel for TPUs (interpreted on CPUs), and "
+            "this is a gpu; use auto, or ragged"
+        )
+    here = (widths[0], widths[1] // layout.size(layout.axes("mlp")))
+    if layout.platform == "tpu" and not _fit_kernel(here):
+        raise ValueError(
+            f"learner.compute.dispatch is megablox, for multiples of {LANES}, and on a device "
+            f"model.width is {here[0]} and model.moe.expert_width {here[1]}; use auto, or ragged"
+        )
+
+
+def _fit_kernel(widths: tuple[int, ...]) -> bool:
+    return all(width % LANES == 0 for width in widths)
+
+
+def _resolve(
+    implementation: Dispatch, tokens: int, platform: str, *, widths: tuple[int, ...]
+) -> Implementation:
+    """What "auto" stands for.
+
+    widths: D and F of a device.
+    """
     if implementation != "auto":
         return implementation
     if platform == "cpu":
+        return "blocked"  # it won at every size measured
+    if tokens <= FEW_TOKENS:
+        return "dense"
+    if platform == "gpu":
+        # XLA computes a ragged product there as a dense one of every row with every expert: with
+        # a recent cuDNN only in the gradient by the matrices, before that everywhere, and it makes
+        # rows E times as wide for it. Blocks take the arithmetic and memory that the routing asks
+        # for, in many small products. Which is faster was not measured: there was no GPU.
         return "blocked"
-    return "dense" if tokens <= FEW_TOKENS else "ragged"
+    # On a TPU the gradient of a ragged product by its matrices is computed for all groups alike.
+    return "megablox" if _fit_kernel(widths) else "ragged"

@@ -30,8 +30,9 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.kernels import choose_attention, cudnn_attention, splash_attention
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
-from jaxrl_llm.model.moe import dispatch, route, router_logits
+from jaxrl_llm.model.moe import check_dispatch, dispatch, route, router_logits
 from jaxrl_llm.sharding import ONE_DEVICE, Layout
 
 Array = jax.Array
@@ -101,8 +102,20 @@ class Attention(nnx.Module):
                 for part in (key, value, segment_ids)
             )
             first = jax.lax.axis_index(context) * x.shape[1]
-        chunk = self.setup.compute.attention_chunk
-        attended = segment_attention(query, key, value, segment_ids, chunk=chunk, first=first)
+        match choose_attention(self.setup.compute, layout, head_dim=config.head_dim):
+            case "splash":
+                attended = splash_attention(query, key, value, segment_ids, layout)
+            case "cudnn":
+                attended = cudnn_attention(query, key, value, segment_ids, layout)
+            case _:
+                attended = segment_attention(
+                    query,
+                    key,
+                    value,
+                    segment_ids,
+                    chunk=self.setup.compute.attention_chunk,
+                    first=first,
+                )
         output = linear(attended.reshape(*x.shape[:-1], -1), self.setup.weight(self.o))
         return layout.total(output, "heads")
 
@@ -287,9 +300,11 @@ def make_forward(
     With a mesh, arrays are split over it: parameters by the layout's rules, the rest and the output
     by rows and positions.
 
-    Raises ValueError when heads do not divide over the mesh, and when replayed routes or gates have
-    another shape.
+    Raises ValueError when heads do not divide over the mesh, when this backend lacks a kernel that
+    `compute` names, and, from forward, when replayed routes or gates have another shape.
     """
+    choose_attention(compute, layout, head_dim=config.head_dim)
+    check_dispatch(compute.dispatch, layout, widths=(config.width, config.moe.expert_width))
     parts = layout.size(layout.axes("heads"))
     for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):
         if count % parts:
@@ -302,8 +317,14 @@ def make_forward(
     specs = jax.tree.map(layout.spec, names, is_leaf=lambda leaf: isinstance(leaf, tuple))
     by_layer = PartitionSpec(None, *layout.tokens)
 
-    def share(params: Params, *batch: Any) -> ForwardOutput:
-        return nnx.merge(definition, params)(*batch)
+    def share(
+        params: Params,
+        inputs: Array,
+        positions: Array,
+        segment_ids: Array,
+        replayed: ReplayedRoutes | None,
+    ) -> ForwardOutput:
+        return nnx.merge(definition, params)(inputs, positions, segment_ids, replayed)
 
     outward = ForwardOutput(layout.tokens, by_layer)  # type: ignore[arg-type]
     sharded = layout.shard(share, (specs, *[layout.tokens] * 4), outward)

@@ -92,6 +92,19 @@ ENTRY %main (a: f32[3,5]) -> f32[3,5] {
     assert program.computations["main"].root.operands == ("a",)
 
 
+def test_a_line_that_a_kernels_metadata_breaks_is_one_instruction() -> None:
+    text = """
+ENTRY %main (a: f32[3]) -> f32[3] {
+  %a = f32[3]{0} parameter(0)
+  ROOT %kernel.1 = f32[3]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": "{128}"
+}}, metadata={op_name="jit(f)/kernel"}, backend_config={"flops":"7"}
+}
+"""  # noqa: E501
+    root = parse(text).computations["main"].root
+    assert (root.name, root.origin, root.number("flops")) == ("kernel.1", "jit(f)/kernel", 7)
+
+
 def test_a_text_that_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse("HloModule nothing")

@@ -136,3 +136,30 @@ ENTRY %main (a: f32[2,2,256,128], b: f32[2,2,128,64]) -> f32[2,2,256,64] {
 def test_the_compilers_own_softmax_kernel_multiplies_shares_with_values() -> None:
     assert flops_of(SOFTMAX) == 2 * (2 * 2 * 256 * 128) * 64
     assert not is_unknown_kernel(parse(SOFTMAX).computations["main"].root)
+
+
+SPLASH = """
+ENTRY %main (a: s8[1,{rows},4], b: bf16[2,4,{queries},128], c: bf16[2,2,2048,128]) -> bf16[2,4,{queries},128] {{
+  %a = s8[1,{rows},4]{{2,1,0}} parameter(0)
+  %b = bf16[2,4,{queries},128]{{3,2,1,0:T(8,128)(2,1)}} parameter(1)
+  %c = bf16[2,2,2048,128]{{3,2,1,0:T(8,128)(2,1)}} parameter(2)
+  ROOT %splash_mha.1 = bf16[2,4,{queries},128]{{3,2,1,0:T(8,128)(2,1)}} custom-call(%a, %a, %b, %c, %c), custom_call_target="tpu_custom_call", metadata={{op_name="jit(train)/splash_mha_{phase}_residuals/pallas_call"}}, backend_config={{"custom_call_config":{{"body":"TUzvUg"}}}}
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("queries", "blocks"),
+    [
+        (2048, [1, 2, 3, 4]),
+        (1024, [3, 4]),  # the end of a row of which another device has the first half
+    ],
+)
+def test_splash_attention_multiplies_in_the_blocks_that_the_causal_mask_leaves(
+    queries: int, blocks: list[int]
+) -> None:
+    product = 2 * (2 * 4) * 128 * (sum(blocks) * 512 * 512)
+    for phase, products in (("fwd_segmented", 2), ("dq_segmented_no", 3), ("dkv_segmented_no", 4)):
+        text = SPLASH.format(rows=len(blocks), queries=queries, phase=phase)
+        assert flops_of(text) == products * product
+        assert not is_unknown_kernel(parse(text).computations["main"].root)

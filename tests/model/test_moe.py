@@ -25,7 +25,7 @@ from tests.model.tiny import array_shapes, assert_close
 from tests.reference import model as reference
 
 TOKENS, WIDTH, EXPERTS, PER_TOKEN, INNER = 48, 12, 8, 3, 16
-IMPLEMENTATIONS: tuple[Dispatch, ...] = ("dense", "blocked", "ragged")
+IMPLEMENTATIONS: tuple[Dispatch, ...] = ("dense", "blocked", "ragged", "megablox")
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -276,12 +276,21 @@ def test_the_blocked_gradient_makes_no_array_of_parameters_per_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "tokens", "chosen"),
-    [("cpu", 1, "blocked"), ("tpu", 64, "dense"), ("tpu", 65, "ragged"), ("gpu", 4096, "ragged")],
+    ("platform", "tokens", "widths", "chosen"),
+    [
+        ("cpu", 1, (256, 128), "blocked"),
+        ("tpu", 64, (256, 128), "dense"),
+        ("tpu", 65, (256, 128), "megablox"),
+        ("tpu", 65, (256, 100), "ragged"),
+        ("gpu", 64, (256, 128), "dense"),
+        ("gpu", 65, (256, 128), "blocked"),
+    ],
 )
-def test_auto_picks_by_platform_and_batch(platform: str, tokens: int, chosen: str) -> None:
-    assert moe._resolve("auto", tokens, platform) == chosen
-    assert moe._resolve("dense", tokens, platform) == "dense"
+def test_auto_picks_by_platform_and_batch(
+    platform: str, tokens: int, widths: tuple[int, int], chosen: str
+) -> None:
+    assert moe._resolve("auto", tokens, platform, widths=widths) == chosen
+    assert moe._resolve("dense", tokens, platform, widths=widths) == "dense"
 
 
 @pytest.mark.parametrize(

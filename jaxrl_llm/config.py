@@ -324,13 +324,14 @@ _OPERATIONAL = {
 def differences(left: RunConfig, right: RunConfig) -> list[str]:
     """Dotted names of settings that differ, with both values.
 
-    Left out is what makes no other experiment: run_dir, the addresses of servers where both have
-    some, and what else operates them.
+    Left out is what makes no other experiment: run_dir, the mesh, the addresses of servers where
+    both have some, and what else operates them.
     """
     a, b = to_json(left), to_json(right)
     both = left.rollout.sglang.servers and right.rollout.sglang.servers
     for values in (a, b):
         del values["run_dir"]
+        del values["learner"]["mesh"]
         for part, names in _OPERATIONAL.items():
             for name in names:
                 del values["rollout"][part][name]

@@ -209,7 +209,7 @@ def _broadcast(data: np.ndarray, size: int) -> np.ndarray:
 
 def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], attributes: Any) -> Exception:
     """The first process's exception. Pickle would call its constructor, with other arguments."""
-    error = kind.__new__(kind)
+    error = kind.__new__(kind, *arguments)
     error.args = arguments
     vars(error).update(attributes)
     return error

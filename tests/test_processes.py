@@ -1,0 +1,197 @@
+"""Two processes with four CPU devices each, on this machine: values, runs, checkpoints, a loss.
+
+Their meshes are split along one axis. Between processes, XLA's collectives for CPUs mix up two that
+a device runs at the same time, as it does where tokens travel to their experts.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TRAIN = "import sys; from jaxrl_llm.main import main; sys.exit(main())"
+SHORT = (
+    *("--cold-start.steps", "21", "--steps", "3", "--checkpoint.every", "1"),
+    *("--evaluation.prompts", "16", "--evaluation.every", "0"),
+    *("--rollout.groups", "16"),
+)
+FSDP = ("--learner.mesh.fsdp", "8")
+LEAVING = 150  # seconds in which a process must end after another one was lost
+
+
+def start(command: Sequence[str], folder: Path, *, together: bool) -> list[subprocess.Popen[bytes]]:
+    """The command in two processes of one job, the first one first; or in a single process."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4" if together else "8"}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment.pop("PJRT_NPROC", None)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = []
+    for index in range(2 if together else 1):
+        names = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        own = environment | (names | {"JAX_PROCESS_ID": str(index)} if together else {})
+        with (folder / f"output_{index}.txt").open("ab") as output:
+            arguments = [sys.executable, *command]
+            started.append(
+                subprocess.Popen(arguments, cwd=ROOT, env=own, stdout=output, stderr=output)
+            )
+    return started
+
+
+def train(folder: Path, mesh: Sequence[str], *, together: bool) -> list[subprocess.Popen[bytes]]:
+    """The quickstart's first steps."""
+    more = ("--multihost",) if together else ()
+    command = ("-c", TRAIN, "train", "configs/quickstart.py", *more, *SHORT, *mesh)
+    return start((*command, "--run-dir", str(folder / "run")), folder, together=together)
+
+
+def statuses(started: list[subprocess.Popen[bytes]], seconds: float = 300) -> list[int]:
+    """The exit statuses; none may still run after so long."""
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(max(end - time.monotonic(), 1)) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def output(folder: Path) -> str:
+    """What the processes printed."""
+    return "".join(path.read_text(errors="replace") for path in sorted(folder.glob("output_*")))
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    """The run's metrics.jsonl so far."""
+    path = folder / "run/metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_for(folder: Path, count: int, started: list[subprocess.Popen[bytes]]) -> None:
+    """Until the run has so many records."""
+    end = time.monotonic() + 300
+    while len(records(folder)) < count:
+        assert all(process.poll() is None for process in started), output(folder)
+        assert time.monotonic() < end, output(folder)
+        time.sleep(0.05)
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    """The same records with the same metrics, to rounding."""
+    left, right = records(found), records(wanted)
+    assert [(r["phase"], r["step"]) for r in left] == [(r["phase"], r["step"]) for r in right]
+    for one, other in zip(left, right, strict=True):
+        assert one["metrics"].keys() == other["metrics"].keys()  # type: ignore[attr-defined]
+        for name, value in other["metrics"].items():  # type: ignore[attr-defined]
+            got = one["metrics"][name]  # type: ignore[index]
+            where = f"{name} of {other['phase']} step {other['step']}"
+            np.testing.assert_allclose(got, value, rtol=2e-3, atol=2e-5, err_msg=where)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with all eight devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert statuses(train(folder, FSDP, together=False)) == [0], output(folder)
+    return folder
+
+
+def test_processes_exchange_values_errors_and_arrays(tmp_path: Path) -> None:
+    started = start(("-m", "tests.two_processes"), tmp_path, together=True)
+    assert statuses(started, 120) == [0, 0], output(tmp_path)
+    assert output(tmp_path).count("all checked") == 2
+
+
+def test_two_processes_run_as_one_does(alone: Path, tmp_path: Path) -> None:
+    assert statuses(train(tmp_path, FSDP, together=True)) == [0, 0], output(tmp_path)
+    assert_same_run(tmp_path, alone)
+    # The first one alone shows anything, and writes the log and the report.
+    assert output(tmp_path).count("Report:") == 1
+    assert (tmp_path / "run/report/index.html").exists()
+
+
+def test_a_stop_a_loss_and_another_mesh_change_nothing(alone: Path, tmp_path: Path) -> None:
+    started = train(tmp_path, FSDP, together=True)
+    wait_for(tmp_path, 5, started)
+    started[1].send_signal(signal.SIGTERM)  # a host that is to go; the others must hear of it
+    assert statuses(started) == [130, 130], output(tmp_path)
+    stopped = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert max(stopped) == len(records(tmp_path)) < 21
+
+    started = train(tmp_path, FSDP, together=True)
+    wait_for(tmp_path, 23, started)  # the cold start, an evaluation, a step of RL
+    started[1].kill()
+    codes = statuses(started, LEAVING)
+    assert codes[0] not in (0, 130), output(tmp_path)
+    assert codes[1] == -signal.SIGKILL
+
+    other = ("--learner.mesh.data", "2", "--learner.mesh.expert", "2")
+    assert statuses(train(tmp_path, other, together=False)) == [0], output(tmp_path)
+    assert_same_run(tmp_path, alone)
+
+
+def test_what_is_wrong_is_said_by_all(tmp_path: Path) -> None:
+    """The folder is another run's: only the first looks, and every process ends with its words."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{")
+    assert statuses(train(tmp_path, FSDP, together=True)) == [1, 1], output(tmp_path)
+    assert output(tmp_path).count("config.json") >= 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "localhost:1"}, "without JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "two",
+                "JAX_PROCESS_ID": "0",
+            },
+            "JAX_NUM_PROCESSES is 'two'",
+        ),
+    ],
+)
+def test_variables_that_name_no_process(variables: dict[str, str], message: str) -> None:
+    command = [sys.executable, "-c", TRAIN, "train", "configs/quickstart.py", "--multihost"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+
+
+def test_every_process_compiles_the_same_program() -> None:
+    """Whatever the order of its sets: processes with different programs wait for each other."""
+    code = """
+import hashlib, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from jaxrl_llm.compile.programs import make_programs
+from jaxrl_llm.config import load_config
+from jaxrl_llm.sharding import make_layout
+import dataclasses, pathlib
+config = load_config(pathlib.Path("configs/quickstart.py"))
+mesh = dataclasses.replace(config.learner.mesh, fsdp=2, expert=2, tensor=2)
+learner = dataclasses.replace(config.learner, mesh=mesh)
+config = dataclasses.replace(config, learner=learner)
+for program in make_programs(config, make_layout(mesh), ("train",), rows=0):
+    print(hashlib.sha256(program.step.lower(*program.arguments).as_text().encode()).hexdigest())
+"""
+    digests = set()
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        digests.add(ended.stdout)
+    assert len(digests) == 1

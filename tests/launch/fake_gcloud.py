@@ -1,8 +1,8 @@
 """A gcloud that plays a queued resource and the hosts of its slice, and notes what it is asked.
 
-It reads $FAKE_GCLOUD/script.json, {"states": [...], "services": [...], "installs": [...]}, and takes
-one entry from the front for each look at the queued resource, at the service on host 0, or for each
-installation; the last one stays. The entry "error" is a call that fails. Calls are lines of
+It reads $FAKE_GCLOUD/script.json, {"states": [...], "services": [...], "installs": [...]}, and
+takes one entry from the front for each look at the queued resource, at the service on host 0, or
+for each installation; the last one stays. The entry "error" is a call that fails. Calls are lines of
 calls.jsonl; the files that are copied go to copied/.
 """
 

@@ -1,4 +1,4 @@
-"""tpu_pod.sh against a gcloud that plays the states of a slice: what it asks for, and in what order."""
+"""tpu_pod.sh against a gcloud that plays the states of a slice: what it asks for, in what order."""
 
 import dataclasses
 import json

@@ -2,8 +2,8 @@
 
 It reads $FAKE_GCLOUD/script.json, {"states": [...], "services": [...], "installs": [...]}, and
 takes one entry from the front for each look at the queued resource, at the service on host 0, or
-for each installation; the last one stays. The entry "error" is a call that fails. Calls are lines of
-calls.jsonl; the files that are copied go to copied/.
+for each installation; the last one stays. The entry "error" is a call that fails. Calls are lines
+of calls.jsonl; the files that are copied go to copied/.
 """
 
 import json

@@ -143,7 +143,7 @@ class SkyTask(Strict):
 KINDS: dict[tuple[str, str], type[msgspec.Struct]] = {
     ("v1", "Service"): core_v1.Service,
     ("v1", "PersistentVolumeClaim"): core_v1.PersistentVolumeClaim,
-    ("batch/v1", "Job"): batch_v1.Job,
+    ("v1", "Pod"): core_v1.Pod,
     ("apps/v1", "StatefulSet"): apps_v1.StatefulSet,
     ("networking.k8s.io/v1", "NetworkPolicy"): networking_v1.NetworkPolicy,
     ("jobset.x-k8s.io/v1alpha2", "JobSet"): JobSet,

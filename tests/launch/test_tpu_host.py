@@ -1,4 +1,4 @@
-"""What a host of a TPU slice is given: its share, its environment, and what restarts its process."""
+"""What a host of a TPU slice is given: its share, its environment, what restarts its process."""
 
 import configparser
 import subprocess

@@ -17,8 +17,10 @@ if [ -n "${NFS:-}" ]; then
     { sudo apt-get update --quiet && sudo apt-get install --yes --quiet nfs-common; }
   sudo mkdir -p "$shared"
   # In fstab, so that it is there again when the host restarts. A connection carries one stream.
+  # nolock: NFSv3 keeps the locks of a host that was taken away, and no other could ever go on with
+  # the run; a lock then holds among the processes of one host.
   grep --quiet " $shared nfs " /etc/fstab ||
-    echo "$NFS $shared nfs defaults,_netdev,nconnect=7 0 0" | sudo tee -a /etc/fstab >/dev/null
+    echo "$NFS $shared nfs defaults,_netdev,nolock,nconnect=7 0 0" | sudo tee -a /etc/fstab >/dev/null
   mountpoint --quiet "$shared" || sudo mount "$shared"
 fi
 # TPU images carry an older Python than the package asks for; uv brings its own.

@@ -236,7 +236,7 @@ check_arguments() {
     exit 2
   fi
   case " $* " in
-    *" --run-dir "*) ;;
+    *" --run-dir "* | *" --run-dir="*) ;;
     *)
       echo "Give --run-dir FOLDER on storage that all hosts see: a slice takes its disks with it" >&2
       exit 2

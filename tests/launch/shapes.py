@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 import yaml
-from lightkube.models import apps_v1, batch_v1, core_v1, meta_v1, networking_v1
+from lightkube.models import apps_v1, batch_v1, core_v1, meta_v1, networking_v1, storage_v1
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -144,6 +144,7 @@ KINDS: dict[tuple[str, str], type[msgspec.Struct]] = {
     ("v1", "Service"): core_v1.Service,
     ("v1", "PersistentVolumeClaim"): core_v1.PersistentVolumeClaim,
     ("v1", "Pod"): core_v1.Pod,
+    ("storage.k8s.io/v1", "StorageClass"): storage_v1.StorageClass,
     ("apps/v1", "StatefulSet"): apps_v1.StatefulSet,
     ("networking.k8s.io/v1", "NetworkPolicy"): networking_v1.NetworkPolicy,
     ("jobset.x-k8s.io/v1alpha2", "JobSet"): JobSet,

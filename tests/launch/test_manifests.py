@@ -62,7 +62,7 @@ POD = "spec.replicatedJobs.0.template.spec.template.spec"
         ("learner_v5p_64", f"{POD}.containers.0.name", None, "Expected `str`"),
         ("sglang", "spec.clusterIp", "None", "clusterIp"),
         ("sglang", "spec.ports.0.port", "30000", "Expected `int`"),
-        ("storage", "spec.accessModes", "ReadWriteMany", "Expected `array"),
+        ("storage", "mountOptions", "nolock", "Expected `array"),
         ("sky_learner", "resources.use_spto", True, "use_spto"),
         ("sky_learner", "resources.use_spot", "true", "Expected `bool"),
         ("sky_learner", "resources.job_recovery.max_restarts", 3, "max_restarts"),
@@ -153,7 +153,12 @@ def test_both_sides_have_the_key_from_one_secret_and_the_weights_from_one_volume
     path: Path,
 ) -> None:
     servers = check_manifest(documents(LAUNCH / "gke/sglang.yaml")[2]).spec.template.spec
-    claim = documents(LAUNCH / "gke/storage.yaml")[0]["metadata"]["name"]
+    kinds = {document["kind"]: document for document in documents(LAUNCH / "gke/storage.yaml")}
+    claim = kinds["PersistentVolumeClaim"]["metadata"]["name"]
+    storage = kinds["PersistentVolumeClaim"]["spec"]["storageClassName"]
+    assert storage == kinds["StorageClass"]["metadata"]["name"]
+    # NFSv3 keeps the locks of a host that was preempted.
+    assert "nolock" in kinds["StorageClass"]["mountOptions"]
     pods = (servers, job_of(learner(path)).template.spec)
     for pod in pods:
         (container,) = pod.containers

@@ -240,6 +240,10 @@ def test_what_cannot_work_is_refused_before_anything_is_asked_for(
     assert cloud.calls() == []
 
 
+def test_a_run_directory_may_follow_an_equals_sign(cloud: Cloud) -> None:
+    assert cloud.run("train", CONFIG, "--run-dir=/shared/runs/a").returncode == 0
+
+
 def test_an_unknown_accelerator_needs_its_runtime(cloud: Cloud) -> None:
     done = cloud.run("train", CONFIG, *RUN_DIR, ACCELERATOR="v9-8")
     assert done.returncode == 1

@@ -12,6 +12,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "arrays": {"types"},  # for the constants of routes alone
     "sharding": set(),
+    "processes": {"sharding"},
     "lock": set(),
     "metrics": set(),
     "runlog": {"types"},

@@ -36,6 +36,9 @@ Operands = tuple[Array, ...]
 LANES = 128
 """What TPU kernels want sizes to be a multiple of."""
 
+ATTENTION = "attention"
+"""The name under which recomputation may keep what splash attention has computed."""
+
 BLOCKS = (512, 256, LANES)
 """Positions that splash attention takes at a time. 512 is what MaxText takes on all TPUs; JAX's own
 128 mean sixteen times the steps."""
@@ -213,7 +216,12 @@ def _splash(heads: int, length: int, shards: int, block: int, interpret: bool) -
         block_kv_dkv=block,
     )
     return splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
 
 

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
-from jaxrl_llm.model.kernels import choose_attention, cudnn_attention, splash_attention
+from jaxrl_llm.model.kernels import ATTENTION, choose_attention, cudnn_attention, splash_attention
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
 from jaxrl_llm.model.moe import check_dispatch, dispatch, route, router_logits
 from jaxrl_llm.sharding import ONE_DEVICE, Layout
@@ -278,10 +278,13 @@ def _scan(
 
     remat = blocks.setup.compute.remat
     if remat != "none":
-        # With "dots", the results of matmuls with parameters are kept and only the rest recomputed.
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = keep if remat == "dots" else None
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        policies = jax.checkpoint_policies
+        keep = {
+            "block": None,
+            "attention": policies.save_only_these_names(ATTENTION),
+            "dots": policies.dots_with_no_batch_dims_saveable,  # matmuls with parameters
+        }
+        layer = jax.checkpoint(layer, policy=keep[remat], prevent_cse=False)
     return jax.lax.scan(layer, hidden, (stacked, replayed))
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -267,9 +268,12 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f"the mesh {sizes} needs {wanted} devices, there are {len(available)}; "
             "change the axes so that their product fits"
         )
-    types = (AxisType.Explicit,) * (len(AXES) + 1)
-    mesh = jax.make_mesh((*shape, 1), (*AXES, KERNEL_AXIS), types, devices=available[:wanted])
-    return Layout(mesh, config.rules)
+    # jax.make_mesh would, on most TPUs, refuse axes that are no product of whole axes of the torus.
+    grid = mesh_utils.create_device_mesh(
+        (*shape, 1), available[:wanted], allow_split_physical_axes=True
+    )
+    types = (AxisType.Explicit,) * grid.ndim
+    return Layout(Mesh(grid, (*AXES, KERNEL_AXIS), axis_types=types), config.rules)
 
 
 def batch_sharding(layout: Layout) -> NamedSharding:

@@ -43,13 +43,14 @@ def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
 
     Dimension i turns together with i + P / 2, as in the released Qwen and Llama weights.
     """
-    cos, sin = (jnp.concatenate([t, t], axis=-1)[..., None, :] for table in rotary for t in [table])
-    half = x.shape[-1] // 2
+    cos, sin = (jnp.tile(table, 2)[..., None, :] for table in rotary)
     # (first, second) -> (-second, first), exactly: a product moves halves of vectors faster than
     # slices do, which leave half of a TPU's lanes empty.
-    swap = np.kron([[0, 1], [-1, 0]], np.eye(half))
+    swap = np.kron([[0, 1], [-1, 0]], np.eye(x.shape[-1] // 2))
     turned = jnp.matmul(
-        x, jnp.asarray(swap, x.dtype), precision=jax.lax.Precision.HIGHEST,
+        x,
+        jnp.asarray(swap, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)

@@ -79,9 +79,9 @@ def _logprobs(
 def _product(x: Array, matrix: Array) -> Array:
     """bf16[N, D] @ f32[D, V] -> f32[N, V], the matrix to 16 bits: as the sum of two in bfloat16.
 
-    x has no more bits to lose. A product in float32 takes a TPU six passes over bfloat16 parts, most
-    of them of bits that are not there; this takes two, and its gradients, which are rounded to
-    bfloat16 as all others are, one each.
+    x has no more bits to lose. A product in float32 takes a TPU six passes over bfloat16 parts,
+    most of them of bits that are not there; this takes two, and its gradients, which are rounded
+    to bfloat16 as all others are, one each.
     """
     # By its name: the compiler may take a cast there and back for no rounding at all.
     high = jax.lax.reduce_precision(matrix, exponent_bits=8, mantissa_bits=7)

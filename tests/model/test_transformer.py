@@ -294,7 +294,7 @@ def test_remat_keeps_only_the_input_of_a_layer() -> None:
 
     moe = TINY.moe
     hidden, router = (2, 3, 6, TINY.width), (2, 3, 6, moe.num_experts)
-    # Dense, since what other ways of computing experts have for two experts per token begins so too.
+    # Dense: what other ways of computing experts have for two experts per token begins so too.
     block = ComputeConfig(remat="block", dispatch="dense")
     assert stacked(block) == {hidden, router, (2, 3, 6, 2)}
     products = (2, 18, TINY.width)

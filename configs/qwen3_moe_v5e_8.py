@@ -83,7 +83,7 @@ def get_config() -> RunConfig:
             pack=True,
             row_length=LENGTH,
             optimizer=OptimizerConfig(learning_rate=1e-6),
-            compute=ComputeConfig(dtype="bfloat16", remat="attention"),
+            compute=ComputeConfig(dtype="bfloat16", remat="attention", logprob_chunk=1024),
             mesh=MeshConfig(
                 data=2, fsdp=4, rules=ShardingRules(embed=EVERYWHERE, expert_embed=EVERYWHERE)
             ),

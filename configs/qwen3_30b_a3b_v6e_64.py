@@ -3,13 +3,12 @@
     command    jaxrl-llm train configs/qwen3_30b_a3b_v6e_64.py --multihost    (on every host)
     check      jaxrl-llm compile configs/qwen3_30b_a3b_v6e_64.py --topology v6e:8x8
     hardware   v6e-64, which is 64 chips in 8x8, for the learner; GPU machines with SGLang
-    expect     README, "Will it fit?": a quarter of the memory stays free
+    expect     README, "Will it fit?": a tenth of the memory stays free
 
 All but the learner's layout is that of qwen3_30b_a3b_v5p_64.py; the environment is the same too.
 
 Two devices share a row: a device has a third of a v5p's memory, and activations of 32,768 positions
-would not fit. The second half of a row sees three times as many tokens as the first, and the first
-waits: this is what the shorter share costs.
+would not fit.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     command    jaxrl-llm train configs/qwen3_moe_v5e_8.py
     check      jaxrl-llm compile configs/qwen3_moe_v5e_8.py --topology v5e:2x4
     hardware   v5e-8, which is 8 chips in 2x4 of one host, for the learner; a GPU with SGLang
-    expect     README, "Will it fit?": two thirds of the memory stay free
+    expect     README, "Will it fit?": four tenths of the memory stay free
 
 Read from the environment:
 
@@ -11,7 +11,7 @@ Read from the environment:
     PROMPTS      JSONL file of {"prompt", "answer"}; prompts are what the model reads
     SGLANG_URL   the servers, separated by commas
 
-1.4 billion parameters, of which a token meets 0.4: Qwen3-0.6B with 32 experts in place of its MLP,
+1.4 billion parameters, of which a token meets 0.5, the head among them: Qwen3-0.6B with 32 experts in place of its MLP,
 of which a token takes 4. A mini-batch is 256 responses of up to 8,192 tokens, 32 prompts x 8. The
 loss is MiniRL and the routes are replayed (R3), as in arXiv 2512.01374.
 """

@@ -126,9 +126,7 @@ def _splash_share(
     _, count, heads, size = query.shape
     block = _block(count)
     full = -(-count // block) * block
-    make = functools.partial(
-        _splash, heads, full * shares, shares, block, layout.platform != "tpu"
-    )
+    make = functools.partial(_splash, heads, full * shares, shares, block, layout.platform != "tpu")
 
     def attend(operands: Operands, fixed: Operands) -> Array:
         query, key, value = (

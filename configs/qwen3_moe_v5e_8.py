@@ -11,9 +11,9 @@ Read from the environment:
     PROMPTS      JSONL file of {"prompt", "answer"}; prompts are what the model reads
     SGLANG_URL   the servers, separated by commas
 
-1.4 billion parameters, of which a token meets 0.5, the head among them: Qwen3-0.6B with 32 experts in place of its MLP,
-of which a token takes 4. A mini-batch is 256 responses of up to 8,192 tokens, 32 prompts x 8. The
-loss is MiniRL and the routes are replayed (R3), as in arXiv 2512.01374.
+1.4 billion parameters, of which a token meets 0.5, the head among them: Qwen3-0.6B with 32 experts
+in place of its MLP, of which a token takes 4. A mini-batch is 256 responses of up to 8,192 tokens,
+32 prompts x 8. The loss is MiniRL and the routes are replayed (R3), as in arXiv 2512.01374.
 """
 
 import os

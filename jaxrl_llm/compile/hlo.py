@@ -20,6 +20,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) .*\{$")
+_END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')  # a SparseCore's computation says so
 _LINE = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (.*)$")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -145,7 +146,7 @@ def parse(text: str) -> Program:
         if header := _HEADER.match(line):
             name, instructions, root = header.group(2), {}, None
             entry = name if header.group(1) else entry
-        elif line.startswith("}") and name:
+        elif _END.match(line) and name:
             if root is not None:
                 computations[name] = Computation(name, instructions, root)
             name = ""
@@ -162,7 +163,7 @@ def _logical_lines(text: str) -> Iterator[str]:
     """Lines; one that goes on with text of a kernel's author, which may break it, is made whole."""
     pending = ""
     for line in text.splitlines():
-        if line.rstrip() == "}" or _HEADER.match(line) or _LINE.match(line):
+        if _END.match(line) or _HEADER.match(line) or _LINE.match(line):
             yield pending
             pending = line
         else:

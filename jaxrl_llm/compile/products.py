@@ -76,16 +76,16 @@ def _splash_product(computation: Computation, instruction: Instruction) -> int:
 
     Those are the blocks that the causal mask leaves, whole, also those on its edge. The segments of
     packed rows hide more, but the kernel computes it and masks. Where Q < S, devices share a row:
-    the share at its end is counted, which sees the most and which the others wait for.
+    counted is the mean of all shares, of which each device has an early and a late one.
     """
     rows, columns = _operand(computation, instruction, 0).sizes[-2:]  # what is known of each block
     shapes = (computation.shapes_of(name)[0] for name in instruction.operands)
     query, key = [shape.sizes for shape in shapes if re.match(r"b?f\d", shape.dtype)][:2]
     queries, keys = query[-2], key[-2]
     height, width = queries // rows, keys // columns
-    ends = keys - queries + height * (1 + np.arange(rows))  # keys before the last query of a block
-    blocks = int(np.sum(-(-ends // width)))
-    return 2 * math.prod(query[:-2]) * query[-1] * blocks * height * width
+    ends = height * (1 + np.arange(keys // height))  # keys before the last query of a block
+    area = int(np.sum(-(-ends // width))) * height * width * queries // keys
+    return 2 * math.prod(query[:-2]) * query[-1] * area
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> int:

@@ -43,13 +43,7 @@ def topology_layout(topology: str, config: MeshConfig) -> Layout:
             f"{topology} has {len(devices)}; change an axis, such as --learner.mesh.fsdp, or the "
             "topology, until they agree"
         )
-    try:
-        return make_layout(config, devices)
-    except NotImplementedError as error:
-        # JAX lays an axis of the mesh along whole axes of the torus, here as on the pod itself.
-        raise ValueError(
-            f"learner.mesh cannot be laid over --topology {topology}: {error}"
-        ) from error
+    return make_layout(config, devices)
 
 
 def _devices(topology: str) -> list[Any]:

@@ -100,7 +100,9 @@ class ComputeConfig:
     """How a forward pass is computed; beyond rounding it changes no value."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
-    remat: Literal["none", "block", "dots"] = "block"  # layers recomputed; dots keeps products
+    # What of a layer is computed again for its gradient: all (block), all but what splash attention
+    # gave (attention, for long rows), all but products with parameters (dots), nothing (none).
+    remat: Literal["none", "block", "attention", "dots"] = "block"
     dispatch: Dispatch = "auto"  # how tokens meet experts; auto picks by backend and batch
     attention: Attention = "auto"  # auto: splash on TPUs, cudnn on GPUs, plain where they cannot
     attention_chunk: int = 0  # plain attention: queries at once, to save memory; 0: all of them

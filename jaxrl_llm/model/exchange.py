@@ -22,11 +22,11 @@ from jaxrl_llm.model.grouped import (
     Experts,
     Implementation,
     Moves,
-    combine,
     expert_sum,
     from_rows,
     sorted_assignments,
     to_rows,
+    weights_of_rows,
 )
 from jaxrl_llm.sharding import Layout, varying
 
@@ -104,7 +104,7 @@ def _backward(
     def add(index: Array, totals: tuple[Array, Array, Experts]) -> tuple[Array, Array, Experts]:
         contribution = partial(_round, compute, plan, capacity, index)
         _, pullback = jax.vjp(contribution, x, weights, params)
-        return jax.tree.map(jnp.add, totals, pullback(gradient))
+        return jax.tree.map(jnp.add, totals, pullback(gradient.astype(x.dtype)))
 
     operands = (x, weights, params)
     wide = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), operands)
@@ -148,7 +148,7 @@ def _round(
     weights: Array,
     params: Experts,
 ) -> Array:
-    """What the assignments of one round add to the output: f32[N, D]."""
+    """What the assignments of one round add to the output: [N, D]."""
     devices, here = plan.start.shape[0], params["gate"].shape[0]
     first = index * capacity
     place = plan.start[:, None] + first + jnp.arange(capacity)  # [P, C], in the plan's order
@@ -161,7 +161,6 @@ def _round(
     moves = Moves(source.reshape(-1), row)
 
     travel = partial(jax.lax.all_to_all, axis_name=AXIS, split_axis=0, concat_axis=0, tiled=True)
-    received, ids = travel(to_rows(x, moves)), travel(ids.reshape(-1, 1))
-    ones = jnp.ones_like(ids, jnp.float32)
-    computed = compute(received, ids, ones, params).astype(x.dtype)
-    return combine(from_rows(travel(computed), moves), weights)
+    scales = weights_of_rows(weights, moves)[:, None]
+    received, ids, scales = map(travel, (to_rows(x, moves), ids.reshape(-1, 1), scales))
+    return from_rows(travel(compute(received, ids, scales, params)), moves)

@@ -35,7 +35,7 @@ def expert_sum(
     implementation: Implementation,
     layout: Layout,
 ) -> Array:
-    """Sum over k of weights[n, k] * swiglu of expert experts[n, k] on x[n]: [N, D] -> f32[N, D].
+    """Sum over k of weights[n, k] * swiglu of expert experts[n, k] on x[n]: [N, D] -> [N, D].
 
     experts: i32[N, K]; the id E stands for none, and adds nothing.
     """
@@ -44,25 +44,33 @@ def expert_sum(
     num_experts = params["gate"].shape[0]
     block = _block_size(experts.size, num_experts) if implementation == "blocked" else 1
     order = sort_by_expert(experts, num_experts, block)
-    rows = to_rows(x, order.moves)
+    rows, scales = to_rows(x, order.moves), weights_of_rows(weights, order.moves)[:, None]
     if implementation == "blocked":
-        rows = _blocked(rows, params, order)
+        rows = _blocked(rows, params, order) * scales
     else:  # the product of rows past the last expert's is undefined, but nothing reads it
         product = grouped_product if implementation == "megablox" else ragged_product
-        rows = _swiglu(rows, params, partial(product, sizes=order.sizes, layout=layout))
-    return combine(from_rows(rows, order.moves), weights)
+        rows = _scaled_swiglu(
+            rows, scales, params, partial(product, sizes=order.sizes, layout=layout)
+        )
+    return from_rows(rows.astype(x.dtype), order.moves)
 
 
-def combine(rows: Array, weights: Array) -> Array:
-    """rows[N, K, D] and weights f32[N, K] -> f32[N, D]."""
-    return jnp.einsum("nkd,nk->nd", rows, weights, preferred_element_type=jnp.float32)
-
-
-def _swiglu(
-    x: Array, params: Experts, product: Callable[[Array, Array], Array] = jnp.matmul
-) -> Array:
+def _swiglu(x: Array, params: Experts) -> Array:
     gate, up, down = (params[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def _scaled_swiglu(
+    x: Array, scales: Array, params: Experts, product: Callable[[Array, Array], Array]
+) -> Array:
+    """scales[R, 1] times the swiglu of x[R, D], as few passes over arrays as wide as D as can be.
+
+    gate and up are one product: x is read once, and its gradient is written once. The scales meet
+    the narrower array inside, of which they are a factor as well.
+    """
+    gate, up, down = (params[name].astype(x.dtype) for name in ("gate", "up", "down"))
+    gate, up = jnp.split(product(x, jnp.concatenate([gate, up], axis=-1)), 2, axis=-1)
+    return product((jax.nn.silu(gate) * up * scales).astype(x.dtype), down)
 
 
 def _dense(x: Array, experts: Array, weights: Array, params: Experts) -> Array:
@@ -152,27 +160,43 @@ def sort_by_expert(experts: Array, num_experts: int, block: int) -> _Order:
 
 @jax.custom_vjp
 def to_rows(x: Array, moves: Moves) -> Array:
-    """x[N, D] -> [R, D]: every row gets the token of its assignment, empty rows 0."""
-    return x.at[moves.source // moves.row.shape[1]].get(mode="fill", fill_value=0)
+    """x[N, D] -> [R, D]: every row gets the token of its assignment, an empty row any token."""
+    return x.at[moves.source // moves.row.shape[1]].get(mode="clip")
 
 
 @jax.custom_vjp
 def from_rows(rows: Array, moves: Moves) -> Array:
-    """rows[R, D] -> [N, K, D]: every assignment gets its row, 0 if it has none."""
-    return rows.at[moves.row].get(mode="fill", fill_value=0)
+    """rows[R, D] -> [N, D]: every token gets the sum of the rows of its assignments, added up in
+    float32; what empty rows hold is nowhere in it."""
+    there = (moves.row < rows.shape[0])[..., None]
+    # All first assignments, then all second ones ...: sums of such parts are sums of whole arrays,
+    # where those along K of [N, K, D] would be sums inside of tiles.
+    taken = jnp.split(rows.at[moves.row.T.reshape(-1)].get(mode="clip"), moves.row.shape[1])
+    parts = (jnp.where(there[:, k], part.astype(jnp.float32), 0) for k, part in enumerate(taken))
+    return sum(parts, jnp.float32(0)).astype(rows.dtype)
 
 
-def _to_rows_backward(moves: Moves, gradient: Array) -> tuple[Array, None]:
-    return jnp.sum(from_rows(gradient, moves), axis=1), None
+@jax.custom_vjp
+def weights_of_rows(weights: Array, moves: Moves) -> Array:
+    """f32[N, K] -> f32[R]: the gate value of each row's assignment, 0 for an empty row."""
+    return weights.reshape(-1).at[moves.source].get(mode="fill", fill_value=0)
 
 
-def _from_rows_backward(moves: Moves, gradient: Array) -> tuple[Array, None]:
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    return flat.at[moves.source].get(mode="fill", fill_value=0), None
+def _weights_backward(moves: Moves, gradient: Array) -> tuple[Array, None]:
+    return gradient.at[moves.row].get(mode="fill", fill_value=0), None
 
 
-to_rows.defvjp(lambda x, moves: (to_rows(x, moves), moves), _to_rows_backward)
-from_rows.defvjp(lambda rows, moves: (from_rows(rows, moves), moves), _from_rows_backward)
+to_rows.defvjp(
+    lambda x, moves: (to_rows(x, moves), moves),
+    lambda moves, gradient: (from_rows(gradient, moves), None),
+)
+from_rows.defvjp(
+    lambda rows, moves: (from_rows(rows, moves), moves),
+    lambda moves, gradient: (to_rows(gradient, moves), None),
+)
+weights_of_rows.defvjp(
+    lambda weights, moves: (weights_of_rows(weights, moves), moves), _weights_backward
+)
 
 
 @jax.custom_vjp

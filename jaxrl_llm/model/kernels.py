@@ -36,6 +36,9 @@ Operands = tuple[Array, ...]
 LANES = 128
 """What TPU kernels want sizes to be a multiple of."""
 
+ATTENTION = "attention"
+"""The name under which recomputation may keep what splash attention has computed."""
+
 BLOCKS = (512, 256, LANES)
 """Positions that splash attention takes at a time. 512 is what MaxText takes on all TPUs; JAX's own
 128 mean sixteen times the steps."""
@@ -84,30 +87,61 @@ def splash_attention(
       segment_ids: i32[B, S].
       layout: Q = S / context.
 
-    Scores never reach HBM, and blocks that the causal mask hides are not computed. Every device's
-    positions are padded to whole blocks.
+    Scores never reach HBM, and blocks that the causal mask hides are not computed. Positions are
+    padded to whole blocks. Where devices share a row, the end of it sees more than its beginning:
+    each takes one part from the front and its mirror image from the back, so that all have as much
+    to do, and returns what it computed for others.
     """
+    shards, (_, count, *_) = layout.size(("context",)), query.shape
+    if shards == 1 or count % 2:
+        first = jax.lax.axis_index("context") if shards > 1 else 0
+        return _splash_share(query, key, value, segment_ids, jnp.asarray(first), shards, layout)
+    device, parts = jax.lax.axis_index("context"), 2 * shards
+    outputs = []
+    for side, half in enumerate(jnp.split(query, 2, axis=1)):  # parts 0, 2, 4 ...; 1, 3, 5 ...
+        owners = [(source, _mirrored(2 * source + side, parts)) for source in range(shards)]
+        part = jnp.where(device % 2 == side, device, parts - 1 - device)
+        mine = jax.lax.ppermute(half, "context", owners)
+        output = _splash_share(mine, key, value, segment_ids, part, parts, layout)
+        home = [(owner, source) for source, owner in owners]
+        outputs.append(jax.lax.ppermute(output, "context", home))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _mirrored(part: int, parts: int) -> int:
+    """The device that computes one of so many parts of a row."""
+    return min(part, parts - 1 - part)
+
+
+def _splash_share(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    index: Array,
+    shares: int,
+    layout: Layout,
+) -> Array:
+    """Splash attention of one of equal shares of the positions, the queries being those."""
     _, count, heads, size = query.shape
-    shards, block = layout.size(("context",)), _block(count)
+    block = _block(count)
     full = -(-count // block) * block
-    interpret = layout.platform != "tpu"
-    make = functools.partial(_splash, heads, full * shards, shards, block, interpret)
-    first = jax.lax.axis_index("context") if shards > 1 else 0
+    make = functools.partial(_splash, heads, full * shares, shares, block, layout.platform != "tpu")
 
     def attend(operands: Operands, fixed: Operands) -> Array:
         query, key, value = (
             jnp.swapaxes(_padded(x, parts, full), 1, 2)
-            for x, parts in zip(operands, (1, shards, shards), strict=True)
+            for x, parts in zip(operands, (1, shares, shares), strict=True)
         )
-        segment_ids, first = fixed
+        segment_ids, index = fixed
         # Of no segment that there is: what no token sees.
-        segment_ids = _padded(segment_ids, shards, full, fill=-1)
-        own = jax.lax.dynamic_slice_in_dim(segment_ids, first * full, full, axis=1)
-        kernel = jax.vmap(_of_shard(make(), first, shards))
+        segment_ids = _padded(segment_ids, shares, full, fill=-1)
+        own = jax.lax.dynamic_slice_in_dim(segment_ids, index * full, full, axis=1)
+        kernel = jax.vmap(_of_shard(make(), index, shares))
         output = kernel(query * size**-0.5, key, value, splash.SegmentIds(own, segment_ids))
         return jnp.swapaxes(output, 1, 2)[:, :count].astype(operands[0].dtype)
 
-    fixed = (segment_ids, jnp.asarray(first, jnp.int32))
+    fixed = (segment_ids, index.astype(jnp.int32))
     return _library_kernel(attend, layout)((query, key, value), fixed)
 
 
@@ -213,7 +247,12 @@ def _splash(heads: int, length: int, shards: int, block: int, interpret: bool) -
         block_kv_dkv=block,
     )
     return splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
     )
 
 

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
-from jaxrl_llm.model.kernels import choose_attention, cudnn_attention, splash_attention
+from jaxrl_llm.model.kernels import ATTENTION, choose_attention, cudnn_attention, splash_attention
 from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
 from jaxrl_llm.model.moe import check_dispatch, dispatch, route, router_logits
 from jaxrl_llm.sharding import ONE_DEVICE, Layout
@@ -50,13 +50,15 @@ class Setup:
     compute: ComputeConfig
     layout: Layout = ONE_DEVICE
 
-    def weight(self, param: nnx.Param) -> Array:
+    def weight(self, *params: nnx.Param) -> Array:
         """One layer's matrix in the compute dtype, its width gathered and else this device's share.
 
-        Cast first: half the bytes travel, of the matrix and of its gradient.
+        Cast first: half the bytes travel, of the matrix and of its gradient. Several matrices of
+        the same dimensions travel as one, side by side.
         """
-        names = tuple(name for name in param.axes if name != "layers")
-        return self.layout.whole(param[...].astype(self.compute.dtype), names)
+        names = tuple(name for name in params[0].axes if name != "layers")
+        matrices = [param[...].astype(self.compute.dtype) for param in params]
+        return self.layout.whole(jnp.concatenate(matrices, axis=-1), names)
 
 
 def _matrix(rngs: nnx.Rngs, sizes: Sizes, *, fan_in: int) -> nnx.Param:
@@ -160,15 +162,12 @@ class MoeMlp(nnx.Module):
             replayed,
             normalize=moe.normalize_weights,
         )
+        gate, up = jnp.split(setup.weight(self.gate, self.up), 2, axis=-1)
         output = dispatch(
             x.reshape(-1, x.shape[-1]),
             router.experts.reshape(-1, moe.experts_per_token),
             router.weights.reshape(-1, moe.experts_per_token),
-            {
-                "gate": setup.weight(self.gate),
-                "up": setup.weight(self.up),
-                "down": setup.weight(self.down),
-            },
+            {"gate": gate, "up": up, "down": setup.weight(self.down)},
             implementation=setup.compute.dispatch,
             layout=setup.layout,
         )
@@ -279,10 +278,13 @@ def _scan(
 
     remat = blocks.setup.compute.remat
     if remat != "none":
-        # With "dots", the results of matmuls with parameters are kept and only the rest recomputed.
-        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        policy = keep if remat == "dots" else None
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        policies = jax.checkpoint_policies
+        keep = {
+            "block": None,
+            "attention": policies.save_only_these_names(ATTENTION),
+            "dots": policies.dots_with_no_batch_dims_saveable,  # matmuls with parameters
+        }
+        layer = jax.checkpoint(layer, policy=keep[remat], prevent_cse=False)
     return jax.lax.scan(layer, hidden, (stacked, replayed))
 
 

@@ -147,11 +147,6 @@ def test_too_little_free_memory_fails_and_settings_are_flags() -> None:
     [
         ("v5p:3x5x7", (), "v5p:3x5x7', which the TPU compiler refuses"),
         ("v6e:2x4", (), "= 4 devices, and --topology v6e:2x4 has 8"),
-        (
-            "v5p:4x4x4",
-            ("--learner.mesh.data", "2", "--learner.mesh.fsdp", "32"),
-            "cannot be laid over --topology v5p:4x4x4",
-        ),
     ],
 )
 def test_a_topology_that_cannot_be_is_refused(

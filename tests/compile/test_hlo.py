@@ -125,3 +125,19 @@ def test_the_largest_number_of_cycles_means_that_there_is_no_estimate(
     main = parse(text).computations["main"]
     assert main.root.cycles == cycles
     assert main.instructions["a"].cycles is None
+
+
+def test_a_computation_of_a_sparse_core_ends_in_a_line_that_says_so() -> None:
+    text = """
+%elsewhere (p.0: s32[8]) -> s32[8] {
+  ROOT %p.0 = s32[8]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (a.0: s32[8]) -> s32[8] {
+  %a.0 = s32[8]{0} parameter(0)
+  ROOT %negate.0 = s32[8]{0} negate(%a.0)
+}
+"""
+    program = parse(text)
+    assert set(program.computations) == {"elsewhere", "main"}
+    assert program.computations["elsewhere"].root.attributes == ""

@@ -1,6 +1,7 @@
 """Library kernels, interpreted on the CPU, against the plain computation: values and gradients."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,6 +83,45 @@ def test_a_kernel_of_attention_is_attention(kernel: Any, length: int) -> None:
     assert_close(found, wanted, 3e-5)
 
 
+@pytest.mark.parametrize("count", [2 * LENGTH, 4 * 131], ids=["halved", "odd"])
+def test_devices_that_share_a_row_compute_all_of_it(count: int) -> None:
+    """Each has two parts of the row, far from where they belong, if it can be halved."""
+    layout = make_layout(MeshConfig(context=4))
+    ids = 1 + (np.arange(count) >= count // 3).astype(np.int32)[None]
+    operands = tuple(
+        normal(1, count, heads, SIZE, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    probe = normal(1, count, HEADS, SIZE, seed=9)
+
+    def share(query: jax.Array, *others: jax.Array) -> jax.Array:
+        whole = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in others)
+        return splash_attention(query, *whole, layout)
+
+    kernel = layout.shard(share, (layout.tokens,) * 4, layout.tokens)
+
+    def total(*operands: jax.Array, attend: Any, ids: Any, probe: Any) -> jax.Array:
+        return jnp.sum(probe * attend(*operands, ids))
+
+    placed = jax.device_put((operands, ids, probe), batch_sharding(layout))
+    found = jax.jit(jax.value_and_grad(partial(total, attend=kernel), argnums=(0, 1, 2)))(
+        *placed[0], ids=placed[1], probe=placed[2]
+    )
+    plain = partial(segment_attention, chunk=0)
+    wanted = jax.jit(jax.value_and_grad(partial(total, attend=plain), argnums=(0, 1, 2)))(
+        *operands, ids=ids, probe=probe
+    )
+    assert_close(jax.device_get(found), wanted, 3e-5)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_parts_are_dealt_so_that_all_devices_see_as_many_tokens(shards: int) -> None:
+    parts = range(2 * shards)
+    owned = [[p for p in parts if kernels._mirrored(p, len(parts)) == d] for d in range(shards)]
+    assert [sum(own) for own in owned] == [2 * shards - 1] * shards
+    # One even and one odd part each, so that all even ones can travel at once, and all odd ones.
+    assert [sorted(p % 2 for p in own) for own in owned] == [[0, 1]] * shards
+
+
 @pytest.mark.parametrize(
     ("count", "block"), [(8, 128), (384, 128), (640, 128), (768, 256), (1000, 512), (4095, 512)]
 )
@@ -128,7 +168,7 @@ CONFIG = ModelConfig(
 
 @pytest.mark.usefixtures("cudnn_on_cpu")
 @pytest.mark.parametrize(
-    ("attention", "remat"), [("splash", "none"), ("splash", "block"), ("cudnn", "block")]
+    ("attention", "remat"), [("splash", "none"), ("splash", "attention"), ("cudnn", "block")]
 )
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(), MeshConfig(expert=2, context=2, tensor=2)], ids=["one", "eight"]

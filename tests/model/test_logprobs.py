@@ -70,13 +70,27 @@ def test_extreme_logits_give_certain_tokens_and_no_nan() -> None:
     np.testing.assert_array_equal(entropy, [[0.0, 0.0]])
 
 
-def test_hidden_states_in_bfloat16_meet_the_head_in_float32() -> None:
+def test_hidden_states_in_bfloat16_meet_16_bits_of_the_head() -> None:
     hidden, unembed, targets = inputs()
     hidden = jnp.asarray(hidden, jnp.bfloat16)
-    logprobs = jax.jit(lambda x: token_logprobs(x, unembed, targets, temperature=1.0, chunk=64)[0])
-    low, high = logprobs(hidden), logprobs(hidden.astype(jnp.float32))
+
+    def total(hidden: jax.Array, unembed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = token_logprobs(hidden, unembed, targets, temperature=1.0, chunk=64)[0]
+        return jnp.sum(found), found
+
+    both = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    gradients, low = both(hidden, unembed)
+    wanted, high = both(hidden.astype(jnp.float32), unembed)
+    _, rounded = both(hidden.astype(jnp.float32), unembed.astype(jnp.bfloat16).astype(jnp.float32))
     assert low.dtype == jnp.float32
-    np.testing.assert_array_equal(low, high)
+    error, of_bfloat16 = (np.abs(found - high).max() for found in (low, rounded))
+    assert error < 5e-5
+    assert error < of_bfloat16 / 100
+    # The gradients are rounded to bfloat16, which has 8 bits.
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
+    for found, exact in zip(gradients, wanted, strict=True):
+        difference = np.abs(found.astype(jnp.float32) - exact).max()
+        assert 0 < difference < 2**-7 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0])

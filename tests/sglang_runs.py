@@ -2,7 +2,8 @@
 
     python -m tests.sglang_runs CONFIG.json
 
-is that learner: a process of its own with the devices and the rewards of the tests.
+is that learner: a process of its own with the devices and the rewards of the tests; or one of two,
+with half of the devices, where the environment names them as jaxrl_llm.processes reads it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
 import tests.conftest  # noqa: F401 (before JAX starts: the learner's process has no pytest)
-from jaxrl_llm import loop
+from jaxrl_llm import loop, processes
 from jaxrl_llm.config import RunConfig, read_config, to_json
 from jaxrl_llm.learner.publish import PublishConfig
 from jaxrl_llm.learner.state import OptimizerConfig
@@ -151,6 +153,9 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def main(path: str) -> None:
+    if "JAX_PROCESS_ID" in os.environ:
+        jax.config.update("jax_num_cpu_devices", 4)
+        processes.join(8)
     with even_lengths():
         for record in loop.run(read_config(Path(path))):
             print(record.phase, record.step, flush=True)

@@ -11,11 +11,19 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from jaxrl_llm.config import to_json
+from jaxrl_llm.sharding import MeshConfig
+from tests.rollout.fake_samplers import ModelSampler
+from tests.rollout.fake_sglang import FakeServer
+from tests.sglang_runs import served
+from tests.tiny import tiny_config, vary
 
 ROOT = Path(__file__).parent.parent
 TRAIN = "import sys; from jaxrl_llm.main import main; sys.exit(main())"
@@ -25,6 +33,7 @@ SHORT = (
     *("--rollout.groups", "16"),
 )
 FSDP = ("--learner.mesh.fsdp", "8")
+ASKED = ("/generate", "/update_weights_from_disk")  # other requests are a matter of time
 LEAVING = 150  # seconds in which a process must end after another one was lost
 
 
@@ -138,6 +147,25 @@ def test_a_stop_a_loss_and_another_mesh_change_nothing(alone: Path, tmp_path: Pa
     other = ("--learner.mesh.data", "2", "--learner.mesh.expert", "2")
     assert statuses(train(tmp_path, other, together=False)) == [0], output(tmp_path)
     assert_same_run(tmp_path, alone)
+
+
+def test_the_first_process_alone_serves_weights_of_all(tmp_path: Path) -> None:
+    """On a server: weights gathered piece by piece, and the probe scored, by both processes."""
+    folders = [tmp_path / name for name in ("one", "two")]
+    asked = []
+    for folder in folders:
+        folder.mkdir()
+        with FakeServer(
+            ModelSampler(tiny_config(folder).model, max_length=48), context=48
+        ) as server:
+            config = vary(served(folder / "run", [server]), "learner", mesh=MeshConfig(fsdp=8))
+            (folder / "config.json").write_text(json.dumps(to_json(config)))
+            command = ("-m", "tests.sglang_runs", str(folder / "config.json"))
+            started = start(command, folder, together=folder.name == "two")
+            assert set(statuses(started)) == {0}, output(folder)
+            asked.append(Counter(path for path, _ in server.requests if path in ASKED))
+    assert asked[0] == asked[1]
+    assert_same_run(folders[1], folders[0])
 
 
 def test_what_is_wrong_is_said_by_all(tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ class Compile:
 
     config: tyro.conf.Positional[Path]  # Python file with get_config() -> RunConfig
     topology: str  # chips along each axis of the pod slice, such as v5p:4x4x4 or v5e:2x4
-    programs: tuple[Literal["train", "score"], ...] = ("train", "score")  # steps to compile
+    # Steps to compile; of a publish to servers, the piece of a parameter that is largest.
+    programs: tuple[Literal["train", "score", "publish"], ...] = ("train", "score", "publish")
     rows: int = 0  # rows of a mini-batch, of all devices; 0: one for each response, also if packed
     free: float = 0.1  # share of a chip's memory that must be left
     json: Path | None = None  # file to write all numbers to

@@ -22,9 +22,11 @@ from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.collate import collate
 from jaxrl_llm.learner.state import abstract_params, abstract_state
 from jaxrl_llm.learner.step import prepare
-from jaxrl_llm.sharding import Layout, batch_sharding
+from jaxrl_llm.model import hf
+from jaxrl_llm.model.transformer import Params
+from jaxrl_llm.sharding import Layout, batch_sharding, replicated
 
-ProgramName = Literal["train", "score"]
+ProgramName = Literal["train", "score", "publish"]
 PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
 
 
@@ -35,9 +37,9 @@ class StepProgram:
     name: ProgramName
     step: Any  # jitted
     arguments: tuple[Any, ...]  # jax.ShapeDtypeStruct for every array
-    rows: int  # of its batch, B
-    length: int  # positions of a row, S
-    model_flops: int  # of all devices together
+    rows: int = 0  # of its batch, B; 0: it has none
+    length: int = 0  # positions of a row, S
+    model_flops: int = 0  # of all devices together
 
 
 def make_programs(
@@ -51,7 +53,11 @@ def make_programs(
     """
     if rows < 0:
         raise ValueError(f"--rows is {rows}; give the rows of a mini-batch, or 0 for the config's")
-    makers: dict[ProgramName, Callable[..., StepProgram]] = {"train": _train, "score": _score}
+    makers: dict[ProgramName, Callable[..., StepProgram]] = {
+        "train": _train,
+        "score": _score,
+        "publish": _publish,
+    }
     if config.learner.old_logprobs == "none":
         del makers["score"]
     wanted = [name for name in names if name in makers]
@@ -79,6 +85,31 @@ def _train(config: RunConfig, layout: Layout, shape: tuple[int, int]) -> StepPro
         batch = jax.eval_shape(partial(prepare, replay=config.learner.replay), batch, score)
     arguments = (abstract_state(config.model, optimizer, layout), batch)
     return _program("train", config, step, arguments, TRAINING)
+
+
+def _publish(config: RunConfig, layout: Layout, shape: tuple[int, int]) -> StepProgram:
+    """A publish as several processes do it, where each sees a part of every parameter.
+
+    For servers, the one piece of all that is largest: pieces are gathered one after another. For
+    the in-process engine, all parameters at once.
+    """
+    params = abstract_params(config.model, layout)
+    everywhere = replicated(layout)
+    if not config.rollout.sglang.servers:
+        step = jax.jit(
+            partial(jax.tree.map, partial(jax.sharding.reshard, out_shardings=everywhere))
+        )
+        return StepProgram("publish", step, (params,))
+
+    def gathered(params: Params, piece: hf.Piece) -> jax.Array:
+        return jax.sharding.reshard(hf.cut(params, piece), everywhere)
+
+    pieces = hf.pieces(config.model, config.rollout.publish.dtype)
+    sizes = {piece: jax.eval_shape(partial(hf.cut, piece=piece), params).size for piece in pieces}
+    largest = max(pieces, key=lambda piece: sizes[piece])
+    # The others stay where they are: keep_unused counts them.
+    step = jax.jit(partial(gathered, piece=largest), keep_unused=True)
+    return StepProgram("publish", step, (params,))
 
 
 def _program(

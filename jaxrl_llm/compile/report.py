@@ -57,7 +57,7 @@ class Report:
     """What is known of one program."""
 
     name: str
-    rows: int  # of its batch, over all devices
+    rows: int  # of its batch, over all devices; 0: it has none
     length: int  # positions of a row
     compile_seconds: float
     model_flops: int  # of all devices together
@@ -65,7 +65,8 @@ class Report:
     memory: Memory | None = None  # this and what follows is None after a failure
     cost: Cost | None = None
     times: Times | None = None
-    repeated: float | None = None  # FLOPs of all devices over model FLOPs: what is computed in vain
+    # FLOPs of all devices over model FLOPs, what is computed in vain; None without model FLOPs.
+    repeated: float | None = None
     utilisation: float | None = None  # model FLOPs per second by times.step, share of the peak
 
     def free(self, chip: Chip) -> float:
@@ -84,7 +85,7 @@ def compile_program(program: StepProgram, chip: Chip, devices: int) -> Report:
             raise
         seconds = time.perf_counter() - start
         return dataclasses.replace(report, compile_seconds=seconds, failure=str(error))
-    seconds = time.perf_counter() - start
+    seconds, flops = time.perf_counter() - start, program.model_flops
     cost = program_cost(parse(compiled.as_text()), chip, devices)
     times = step_times(cost, chip)
     return dataclasses.replace(
@@ -93,8 +94,8 @@ def compile_program(program: StepProgram, chip: Chip, devices: int) -> Report:
         memory=_memory(compiled),
         cost=cost,
         times=times,
-        repeated=devices * cost.flops / program.model_flops,
-        utilisation=program.model_flops / (devices * chip.flops * times.step),
+        repeated=devices * cost.flops / flops if flops else None,
+        utilisation=flops / (devices * chip.flops * times.step) if flops else None,
     )
 
 

@@ -20,7 +20,7 @@ def make_table(title: str, reports: Sequence[Report], chip: Chip) -> Table:
     def row(label: str, value: Callable[[Report], str]) -> None:
         table.add_row(label, *(value(report) for report in reports))
 
-    row("batch, all devices", lambda r: f"{r.rows:,} rows x {r.length:,}")
+    row("batch, all devices", lambda r: f"{r.rows:,} rows x {r.length:,}" if r.rows else "-")
     row("compiled in", lambda r: f"{r.compile_seconds:.0f} s")
     row("arguments", partial(_memory, "arguments"))
     row("temporaries", partial(_memory, "temporaries"))
@@ -42,7 +42,7 @@ def make_table(title: str, reports: Sequence[Report], chip: Chip) -> Table:
     row("collectives, hidden", partial(_times, "hidden"))
     row("step, estimated", partial(_times, "step"))
     row("step at best, roofline", partial(_times, "roofline"))
-    row("model FLOPs, all devices", lambda r: f"{r.model_flops:.3e}")
+    row("model FLOPs, all devices", lambda r: f"{r.model_flops:.3e}" if r.model_flops else "-")
     row("MFU of the estimate", lambda r: "-" if r.utilisation is None else f"{r.utilisation:.1%}")
     return table
 

@@ -274,10 +274,21 @@ class Piece(NamedTuple):
 Fetch = Callable[[Params, Piece], jax.Array]
 
 
+def pieces(config: ModelConfig, dtype: Dtype) -> list[Piece]:
+    """All pieces of a model, in the order in which tensors() fetches them."""
+    parts = [(t.leaf, t.index[:1], t.transposed) for t in _layout(config)]
+    return [Piece(*part, dtype) for part in dict.fromkeys(parts)]
+
+
+def cut(params: Params, piece: Piece) -> jax.Array:
+    """The piece, split over the devices as its parameter is."""
+    array = _leaf(params, piece.leaf)
+    return _cut(array, *piece.layer, dtype=piece.dtype, transposed=piece.transposed)
+
+
 def fetch(params: Params, piece: Piece) -> jax.Array:
     """The piece, all of it visible to this process; all processes of a job must ask for it."""
-    array = _leaf(params, piece.leaf)
-    return whole_here(_fetch(array, *piece.layer, dtype=piece.dtype, transposed=piece.transposed))
+    return whole_here(cut(params, piece))
 
 
 def tensors(
@@ -301,7 +312,7 @@ def tensors(
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed"))
-def _fetch(
+def _cut(
     array: jax.Array, layer: int | None = None, *, dtype: Dtype, transposed: bool
 ) -> jax.Array:
     """One layer of a stacked parameter, or all of another one, as a file has it."""

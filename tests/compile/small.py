@@ -58,6 +58,8 @@ def forward_flops(tokens: int) -> dict[str, int]:
     width, heads, kv_heads = 256, 4 * 64, 2 * 64
     per_token = {
         "projections": 3 * 2 * width * (heads + kv_heads + kv_heads + heads),
+        # Queries and keys are turned by a matrix as wide as a head.
+        "rotation": 3 * 2 * (heads + kv_heads) * 64,
         # The scores of a row are all computed, also those that the mask hides.
         "attention": 3 * 2 * 2 * LENGTH * heads,
         "router": 3 * 2 * width * 8,
@@ -75,4 +77,5 @@ def training_flops(tokens: int, *, remat: bool) -> int:
     # The head is recomputed always, being computed in chunks. Of a layer that is recomputed the
     # result of its last product is not: no gradient needs it.
     layers = forward - parts["head"] - parts["down"] if remat else 0
-    return 3 * forward + parts["head"] + layers
+    # The matrix of the rotation is a constant and has no gradient.
+    return 3 * forward - parts["rotation"] + parts["head"] + layers

@@ -52,7 +52,7 @@ def test_arguments_are_the_shards_of_state_and_batch(
 ) -> None:
     config = get_config()
     mesh = make_layout(config.learner.mesh)
-    programs = make_programs(config, mesh, ("train", "score"))
+    programs = make_programs(config, mesh, PROGRAMS)
     for program, found in zip(programs, compiled[1]["programs"], strict=True):
         expected = 0
         for leaf in jax.tree.leaves(program.arguments):
@@ -69,19 +69,20 @@ def test_arguments_are_the_shards_of_state_and_batch(
         parts = ("arguments", "outputs", "temporaries", "code")
         assert memory["total"] == sum(memory[part] for part in parts)
         assert memory["free_share"] == pytest.approx(1 - memory["total"] / CHIPS["v5e"].hbm)
-    train, score = (found["memory"] for found in compiled[1]["programs"])
+    train, score, publish = (found["memory"] for found in compiled[1]["programs"])
     # The state is donated: its successor takes its place. A scoring pass leaves all as it was.
     assert train["donated"] > 0.99 * train["arguments"]
     assert train["outputs"] < 0.05 * train["donated"]
-    assert score["donated"] == 0
+    assert score["donated"] == publish["donated"] == 0
 
 
 def test_flops_are_those_of_a_hand_count(compiled: tuple[str, dict[str, Any]]) -> None:
     tokens = ROWS * LENGTH // 4
-    train, score = (found["cost"] for found in compiled[1]["programs"])
+    train, score, publish = (found["cost"] for found in compiled[1]["programs"])
     assert score["flops"] == sum(forward_flops(tokens).values())
     assert train["flops"] == pytest.approx(training_flops(tokens, remat=True), rel=1e-4)
-    for cost in (train, score):
+    assert publish["flops"] == 0
+    for cost in (train, score, publish):
         assert cost["once"] == []
         assert cost["unknown"] == []
 
@@ -93,10 +94,13 @@ def test_collectives_gather_the_parameters_and_sum_the_gradient(
     (train, _) = make_programs(config, make_layout(config.learner.mesh), ("train", "score"))
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(train.arguments[0].params))
     costs = [found["cost"]["collectives"] for found in compiled[1]["programs"]]
-    for collectives in costs:
+    for collectives in costs[:2]:
         moved = sum(collectives[kind]["size"] for kind in ("all-gather", "all-reduce"))
         # In float32; what both micro-batches need may be fetched once for both.
         assert moved > 4 * 0.9 * parameters
+    # The in-process engine wants all of them on one device; nothing else travels.
+    assert set(costs[2]) == {"all-gather"}
+    assert costs[2]["all-gather"]["size"] > 4 * 0.9 * parameters
     # The gradients of the matrices are summed, each device keeping its slice.
     assert "reduce-scatter" not in costs[1]
     summed = sum(costs[0][kind]["size"] for kind in ("reduce-scatter", "all-reduce"))
@@ -107,7 +111,7 @@ def test_times_and_utilisation_follow_from_the_costs(
     compiled: tuple[str, dict[str, Any]],
 ) -> None:
     chip = CHIPS["v5e"]
-    for found in compiled[1]["programs"]:
+    for found in compiled[1]["programs"][:2]:
         times, cost = found["times"], found["cost"]
         compute = cost["cycles"] / chip.clock + cost["rest"]
         assert times["compute"] == pytest.approx(compute)

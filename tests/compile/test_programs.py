@@ -9,8 +9,11 @@ import jax
 import pytest
 
 from jaxrl_llm import assembly, loop
+from jaxrl_llm.assembly import initial_params
 from jaxrl_llm.compile.programs import make_programs
 from jaxrl_llm.config import ColdStartConfig, RunConfig
+from jaxrl_llm.model import hf
+from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
 from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.tiny import tiny_config, vary
@@ -119,3 +122,41 @@ def test_a_scoring_pass_that_there_is_none_of_is_refused_by_name(tmp_path: Path)
     config = without_score(one_step(tmp_path))
     with pytest.raises(ValueError, match=r"learner\.old_logprobs 'none'"):
         make_programs(config, make_layout(config.learner.mesh), ("score",))
+
+
+def test_a_publish_gathers_the_largest_piece_for_servers(tmp_path: Path) -> None:
+    """Of the very pieces that are written, each of which is whole on every device."""
+    config = vary(one_step(tmp_path / "run"), "learner", mesh=MeshConfig(fsdp=4, tensor=2))
+    sglang = SGLangConfig(servers=("http://localhost:1",))
+    layout = make_layout(config.learner.mesh)
+    (program,) = make_programs(vary(config, "rollout", sglang=sglang), layout, ("publish",))
+    compiled = program.step.lower(*program.arguments).compile()
+    params = initial_params(config, layout)
+    asked = []
+
+    def fetch(params: Params, piece: hf.Piece) -> jax.Array:
+        asked.append(piece)
+        return hf.fetch(params, piece)
+
+    files = hf.tensors(params, config.model, "bfloat16", fetch)
+    assert max(value.size for _, value in files) <= max(sizes(params, asked))
+    assert asked == hf.pieces(config.model, "bfloat16")
+    gathered = compiled(params)
+    assert gathered.is_fully_replicated
+    assert gathered.size == max(sizes(params, asked))
+    assert gathered.dtype == "bfloat16"
+
+
+def sizes(params: Params, pieces: list[hf.Piece]) -> list[int]:
+    return [hf.fetch(params, piece).size for piece in pieces]
+
+
+def test_a_publish_gathers_all_for_the_engine_in_this_process(tmp_path: Path) -> None:
+    config = vary(one_step(tmp_path / "run"), "learner", mesh=MeshConfig(fsdp=8))
+    layout = make_layout(config.learner.mesh)
+    (program,) = make_programs(config, layout, ("publish",))
+    params = initial_params(config, layout)
+    assert not all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    gathered = program.step(params)
+    assert jax.tree.structure(gathered) == jax.tree.structure(params)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(gathered))

@@ -183,9 +183,13 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes on whose devices x is typed as different, inside Layout.shard()."""
-    return jax.typeof(x).manual_axis_type.varying
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes on whose devices x is typed as different, inside Layout.shard().
+
+    In the order of AXES: a set's order is another one in each process, and then so is the program.
+    """
+    axes = jax.typeof(x).manual_axis_type.varying
+    return tuple(axis for axis in AXES if axis in axes)
 
 
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:

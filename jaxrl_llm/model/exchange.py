@@ -128,7 +128,7 @@ def _plan(experts: Array, params: Experts) -> tuple[_Plan, int]:
         end=end,
         device=experts // here,
         rank=rank.reshape(experts.shape),
-        rounds=jax.lax.pmax(rounds, tuple(varying(rounds))),
+        rounds=jax.lax.pmax(rounds, varying(rounds)),
     )
     return plan, capacity
 

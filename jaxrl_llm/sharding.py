@@ -165,6 +165,8 @@ class Layout:
             axes=KERNEL_AXIS,
             out_sharding=jax.tree.map(self._named, outward, is_leaf=_is_spec),
         )
+        # auto_axes() takes NumPy's arrays under jit only.
+        mapped = jax.jit(mapped, inline=True)
 
         def checked(*arguments: Any) -> Any:
             # JAX itself does not check, in all of its versions, where an axis is left out.

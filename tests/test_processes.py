@@ -31,6 +31,9 @@ SHORT = (
     *("--cold-start.steps", "21", "--steps", "3", "--checkpoint.every", "1"),
     *("--evaluation.prompts", "16", "--evaluation.every", "0"),
     *("--rollout.groups", "16"),
+    # In fp8 the last digit of an update, which several processes add up in another order, may
+    # round a weight of the engine to its neighbour, 6 % away.
+    *("--rollout.engine.precision", "float32"),
 )
 FSDP = ("--learner.mesh.fsdp", "8")
 ASKED = ("/generate", "/update_weights_from_disk")  # other requests are a matter of time
@@ -196,30 +199,3 @@ def test_variables_that_name_no_process(variables: dict[str, str], message: str)
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 1
     assert message in ended.stderr
-
-
-def test_every_process_compiles_the_same_program() -> None:
-    """Whatever the order of its sets: processes with different programs wait for each other."""
-    code = """
-import hashlib, jax
-jax.config.update("jax_num_cpu_devices", 8)
-from jaxrl_llm.compile.programs import make_programs
-from jaxrl_llm.config import load_config
-from jaxrl_llm.sharding import make_layout
-import dataclasses, pathlib
-config = load_config(pathlib.Path("configs/quickstart.py"))
-mesh = dataclasses.replace(config.learner.mesh, fsdp=2, expert=2, tensor=2)
-learner = dataclasses.replace(config.learner, mesh=mesh)
-config = dataclasses.replace(config, learner=learner)
-for program in make_programs(config, make_layout(mesh), ("train",), rows=0):
-    print(hashlib.sha256(program.step.lower(*program.arguments).as_text().encode()).hexdigest())
-"""
-    digests = set()
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed}
-        ended = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, ended.stderr
-        digests.add(ended.stdout)
-    assert len(digests) == 1

@@ -123,6 +123,18 @@ def test_a_split_that_does_not_match_is_an_error_not_a_copy() -> None:
             wrap(split)({"x": good, "y": bad}, one, None)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 2}])
+def test_numpy_arrays_go_to_the_devices_of_the_others(sizes: dict[str, int]) -> None:
+    """Outside of jit too, as tests and notebooks use the model."""
+    layout = make_layout(MeshConfig(**sizes), jax.devices()[2:4])
+    scaled = layout.shard(lambda x, y: x * y, (PartitionSpec(), layout.tokens), layout.tokens)
+    one, rows = jax.device_put(np.ones(()), replicated(layout)), np.arange(8.0).reshape(4, 2)
+    for wrap in (lambda f: f, jax.jit):
+        product = wrap(scaled)(one, rows)
+        np.testing.assert_array_equal(product, rows)
+        assert product.sharding.device_set == set(layout.mesh.devices.flat)
+
+
 def test_pure_functions_see_whole_arrays() -> None:
     """A sum over segments that cross the devices of a row, and its gradient."""
     layout = make_layout(MeshConfig(data=2, context=4))

@@ -1,6 +1,9 @@
 """What is compiled is what the loop runs: the arguments of its steps, recorded, are the same."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.rollout.sglang import SGLangConfig
 from jaxrl_llm.sharding import MeshConfig, make_layout
 from tests.tiny import tiny_config, vary
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def described(arguments: Any) -> Any:
@@ -160,3 +165,36 @@ def test_a_publish_gathers_all_for_the_engine_in_this_process(tmp_path: Path) ->
     gathered = program.step(params)
     assert jax.tree.structure(gathered) == jax.tree.structure(params)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(gathered))
+
+
+LOWERED = """
+import dataclasses, hashlib, pathlib
+import tests.conftest  # eight devices
+from jaxrl_llm.compile.programs import make_programs
+from jaxrl_llm.sharding import MeshConfig, make_layout
+from tests.tiny import tiny_config, vary
+mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
+config = vary(tiny_config(pathlib.Path("unused")), "learner", mesh=mesh)
+(train,) = make_programs(config, make_layout(mesh), ("train",))
+text = train.step.lower(*train.arguments).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_every_process_lowers_the_same_program() -> None:
+    """Whatever the order of its sets; another program misses the compilation cache, and several
+    processes that each have their own wait for each other for ever."""
+    digests = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        ended = subprocess.run(
+            [sys.executable, "-c", LOWERED],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        digests.append(ended.stdout)
+    assert digests[0] == digests[1]

@@ -107,7 +107,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
         for name, value in other["metrics"].items():  # type: ignore[attr-defined]
             got = one["metrics"][name]  # type: ignore[index]
             where = f"{name} of {other['phase']} step {other['step']}"
-            np.testing.assert_allclose(got, value, rtol=2e-3, atol=2e-5, err_msg=where)
+            np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5, err_msg=where)
 
 
 @pytest.fixture(scope="module")

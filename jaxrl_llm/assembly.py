@@ -12,9 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.arrays import TrainBatch
-from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
+from jaxrl_llm.checks import (
+    CHECKPOINTS,
+    check_directory,
+    check_length,
+    check_log,
+    check_processes,
+    check_size,
+    check_weights,
+)
+from jaxrl_llm.config import RunConfig, to_json
 from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
@@ -34,6 +41,7 @@ from jaxrl_llm.learner.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
+    newest_step,
     restore,
 )
 from jaxrl_llm.learner.publish import MANIFEST, PublishError, verify
@@ -53,18 +61,17 @@ from jaxrl_llm.learner.watch import WatchConfig, WatchState
 from jaxrl_llm.lock import locked
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model.hf import load_params
-from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.model.transformer import Params
-from jaxrl_llm.processes import first, from_first, spread
+from jaxrl_llm.processes import everywhere, first, from_first, spread
 from jaxrl_llm.rollout.buffer import RolloutBuffer, UnderWay
 from jaxrl_llm.rollout.engine import Engine, EngineError
 from jaxrl_llm.rollout.journal import Journal
-from jaxrl_llm.runlog import RunReader, RunWriter
+from jaxrl_llm.runlog import RunWriter
 from jaxrl_llm.sharding import Layout, batch_sharding, make_layout
 from jaxrl_llm.types import Prompt, SamplingParams
 
-CHECKPOINTS, REFERENCE = "checkpoints", "reference"
-"""Folders of a run directory: its checkpoints, and the policy that a KL penalty refers to."""
+REFERENCE = "reference"
+"""Folder of a run directory: the policy that a KL penalty refers to."""
 
 ENDED = "wait until it has ended (a stopped run finishes its step first), or use another --run-dir"
 
@@ -135,10 +142,10 @@ class Job:
         """The first process's."""
         return self._outside.log
 
-    @property
-    def journal(self) -> Journal | None:
-        """Where finished rollouts are kept, if they are, and if this is the first process."""
-        return None if self.outside is None else self.outside.journal
+    def forget(self, version: int) -> None:
+        """Drop rollouts of versions before this one from the first process's journal."""
+        if self._outside.journal is not None:
+            self._outside.journal.forget(version)
 
     @property
     def last_step(self) -> int:
@@ -186,23 +193,19 @@ def _seed(config: RunConfig, purpose: str, *counters: int) -> int:
 def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     """Make the parts; `stack` closes those that hold files or processes.
 
-    Raises ValueError where the config contradicts the data, the tokenizer, the run directory or the
-    devices.
+    Raises ValueError where the config contradicts the data, the tokenizer, the run directory, the
+    devices or what another process of the job has.
     """
-    tokenizer = make_tokenizer(config.task.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
-            f"{tokenizer.vocab_size} ids; raise model.vocab_size"
-        )
+    tokenizer = everywhere(lambda: _tokenizer(config))
     # First: a kernel that these devices lack is refused before anything is written or asked for.
     layout = make_layout(config.learner.mesh)
     steps = learner_steps(config, layout)
     from_first(lambda: _open_directory(config, stack))
-    train = load_prompts(config.task.data, tokenizer, "train")
-    heldout = heldout_prompts(config, tokenizer)
-    _check_size(config, len(train))
-    _check_length(config, heldout)
+    train = everywhere(lambda: load_prompts(config.task.data, tokenizer, "train"))
+    heldout = everywhere(lambda: heldout_prompts(config, tokenizer))
+    check_processes(config, heldout)
+    check_size(config, len(train))
+    check_length(config, heldout)
     cold_optimizer, optimizer = optimizers(config)
     joint = make_joint(config, heldout[0], layout)
     outside: Outside | None = from_first(
@@ -226,13 +229,23 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     )
 
 
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    tokenizer = make_tokenizer(config.task.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {config.model.vocab_size} but the tokenizer has "
+            f"{tokenizer.vocab_size} ids; raise model.vocab_size"
+        )
+    return tokenizer
+
+
 def _open_directory(config: RunConfig, stack: contextlib.ExitStack) -> None:
     """Hold the run directory, and see that it and the weights to start from are of this config."""
     stack.enter_context(locked(config.directory, ENDED))
-    _check_directory(config)
+    check_directory(config)
     if config.cold_start.weights and not (config.directory / "config.json").exists():
         # Now, or the directory would be one of these settings; and a run that goes on has its own.
-        _check_weights(config)
+        check_weights(config)
 
 
 def _reach_outside(
@@ -298,14 +311,17 @@ def _steps(config: RunConfig, layout: Layout) -> Steps:
 def resume(job: Job) -> Progress:
     """Where the run in job.config.directory had got, or its beginning if there is none."""
     config = job.config
+    folder = config.directory / CHECKPOINTS
     abstract = abstract_state(config.model, job.optimizer, job.layout)
-    checkpoint = restore(config.directory / CHECKPOINTS, abstract)
+    newest = newest_step(folder)
+    newest = from_first(lambda: newest)  # another host may see an older state of the file system
+    checkpoint = None if newest is None else restore(folder, abstract, newest)
     if checkpoint is None:
         from_first(lambda: _resume_log(job, None))
         return _begin(job)
     if checkpoint.host["dataset"] != dataset_digest(config.task.data):
         raise CheckpointError(
-            f"{config.directory / CHECKPOINTS} was made on other prompts than task.data gives now: "
+            f"{folder} was made on other prompts than task.data gives now: "
             "its place in them would mean nothing; restore the files, or use another --run-dir"
         )
     from_first(lambda: _resume_log(job, checkpoint.step))
@@ -331,7 +347,7 @@ def resume(job: Job) -> Progress:
 
 def _resume_log(job: Job, step: int | None) -> None:
     if step is None:
-        _check_log(job.config)
+        check_log(job.config)
     job.log.resume(step)
 
 
@@ -359,9 +375,9 @@ def initial_params(config: RunConfig, layout: Layout) -> Params:
     if not folder:
         key = jax.random.key(_seed(config, "weights") % 2**32)
         return random_params(config.model, layout, key)
-    _check_weights(config)
+    everywhere(lambda: check_weights(config))
     if (Path(folder) / MANIFEST).exists():
-        verify(folder)  # flipped bits are numbers too
+        from_first(lambda: verify(folder))  # flipped bits are numbers too
     return load_params(folder, config.model, layout)
 
 
@@ -409,90 +425,13 @@ def save(job: Job, progress: Progress) -> None:
     }
     durable = job.checkpoints.steps
     job.checkpoints.save(progress.step, progress.state, host)
-    if job.journal is not None and durable:
-        # A run that is killed before this checkpoint is on disk goes on from the one before.
-        first = durable[-1] - job.config.cold_start.steps
-        job.journal.forget(first - job.config.rollout.buffer.max_staleness)
+    # A run that is killed before this checkpoint is on disk goes on from the one before.
+    if durable:
+        version = durable[-1] - job.config.cold_start.steps
+        from_first(lambda: job.forget(version - job.config.rollout.buffer.max_staleness))
 
 
 def heldout_prompts(config: RunConfig, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
     """The held-out split, in order."""
     source = load_prompts(config.task.data, tokenizer, "heldout")
     return tuple(source[index] for index in range(len(source)))
-
-
-def _check_weights(config: RunConfig) -> None:
-    """ValueError if cold_start.weights is no folder of the weights of this model."""
-    folder = config.cold_start.weights
-    try:
-        model = read_model_config(folder)
-    except ValueError as error:
-        raise ValueError(f"cold_start.weights is {folder!r}: {error}") from None
-    different = unequal(dataclasses.asdict(model), dataclasses.asdict(config.model), "model")
-    if different:
-        raise ValueError(
-            f"cold_start.weights is {folder!r}, a model with other settings "
-            f"({'; '.join(different)}); set model to read_model_config of that folder"
-        )
-
-
-def _check_size(config: RunConfig, prompts: int) -> None:
-    """ValueError if a step could draw a prompt twice, which a group cannot be told apart by."""
-    rollout = config.rollout
-    ahead = rollout.groups * (1 + rollout.buffer.max_staleness)
-    drawn = {
-        "cold_start.batch": config.cold_start.batch if config.cold_start.steps else 0,
-        "rollout.groups x (1 + rollout.buffer.max_staleness) x rollout.oversample": math.ceil(
-            ahead * rollout.oversample
-        ),
-    }
-    for name, count in drawn.items():
-        if count > prompts // 2:
-            raise ValueError(
-                f"{name} is {count}, more than half of the {prompts} training prompts; give more "
-                "prompts (task.data) or lower it"
-            )
-
-
-def _check_length(config: RunConfig, prompts: Sequence[Prompt]) -> None:
-    """ValueError naming a held-out prompt that leaves no room for a whole response."""
-    longest = max(prompts, key=lambda prompt: prompt.tokens.size)
-    needed = longest.tokens.size + config.rollout.max_new_tokens
-    engine = "sglang" if config.rollout.sglang.servers else "engine"
-    if needed > config.rollout.max_length:
-        raise ValueError(
-            f"prompt {longest.prompt_id!r} of {longest.tokens.size} tokens and "
-            f"rollout.max_new_tokens = {config.rollout.max_new_tokens} need {needed} tokens; "
-            f"rollout.{engine}.max_length is {config.rollout.max_length}; raise it, or lower "
-            "max_new_tokens"
-        )
-
-
-def _check_log(config: RunConfig) -> None:
-    """ValueError if the log is of a run whose checkpoints are gone: starting over would erase it.
-
-    A run killed before its first checkpoint has a log too, but a short one.
-    """
-    if not (config.directory / "metrics.jsonl").exists() or not config.checkpoint.every:
-        return
-    reader = RunReader(config.directory)
-    columns = [reader.metrics(phase)["step"] for phase in ("sft", "rl")]
-    last = max((int(steps[-1]) for steps in columns if steps.size), default=0)
-    if last >= 2 * config.checkpoint.every:
-        raise ValueError(
-            f"{config.directory} has the log of {last} steps but no checkpoint: starting over "
-            f"would erase the log; restore {CHECKPOINTS}/, or use another --run-dir"
-        )
-
-
-def _check_directory(config: RunConfig) -> None:
-    """ValueError if the run directory holds another experiment, naming the settings that differ."""
-    path = config.directory / "config.json"
-    if not path.exists():
-        return
-    other = differences(read_config(path), config)
-    if other:
-        raise ValueError(
-            f"{config.directory} holds a run with other settings ({'; '.join(other)}): to start a "
-            "new run choose another --run-dir, to go on with this one use its settings"
-        )

@@ -16,8 +16,7 @@ from jaxrl_llm.data.tokenizer import TokenizerConfig, make_tokenizer
 from jaxrl_llm.engines import CONTEXT_MARGIN
 from jaxrl_llm.model.hf import tensors, write
 from jaxrl_llm.model.hf_config import Dtype, config_json
-from jaxrl_llm.sharding import make_layout
-from jaxrl_llm.stored import newest_checkpoint, stored_config
+from jaxrl_llm.stored import layout_here, newest_checkpoint, stored_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -48,7 +47,7 @@ def export_policy(source: RunConfig | Path, folder: Path, dtype: Dtype) -> str:
         raise ValueError(f"{folder} is there already and is no empty folder; give a new one")
     if isinstance(source, RunConfig):
         config, what = source, "the initial weights"
-        params = initial_params(config, make_layout(config.learner.mesh))
+        params = initial_params(config, layout_here(config))
     else:
         if not (source / "config.json").is_file():
             raise ValueError(

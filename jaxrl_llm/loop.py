@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -36,24 +37,33 @@ from jaxrl_llm.learner.watch import EarlyStop
 from jaxrl_llm.losses.advantages import response_advantages
 from jaxrl_llm.losses.diagnostics import pool
 from jaxrl_llm.metrics import METRICS
-from jaxrl_llm.processes import first, from_first, outline
+from jaxrl_llm.processes import anywhere, from_first, outline
 from jaxrl_llm.recovery import check_finite, respond
 from jaxrl_llm.rollout.engine import EngineError
 from jaxrl_llm.rollout.statistics import group_metrics
 from jaxrl_llm.runlog import StepRecord
-from jaxrl_llm.types import Group, Rollout
+from jaxrl_llm.types import Group, Rollout, group_without_routes
 
 
-def run(config: RunConfig) -> Generator[StepRecord]:
+class Stopped(Exception):
+    """The run was asked to stop, in this process or another one; it can go on from a checkpoint."""
+
+
+def run(config: RunConfig, stop: Callable[[], bool] = lambda: False) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
-    Closing the generator writes a last checkpoint. Every process of a job runs this and gets the
-    same records, without their groups in all but the first.
+    Every process of a job runs this and gets the same metrics; rollouts, events and timings are
+    those of the first. A generator that is closed writes a last checkpoint, if its process is the
+    only one: a checkpoint is work of all of them.
+
+    Args:
+      config: of the experiment, the same in all processes.
+      stop: asked after every step in every process; where one says True, they all end.
 
     Raises ValueError, before any work, for a directory that holds another experiment, and
     CheckpointError for a damaged checkpoint. With all records yielded and a checkpoint made, raises
-    EarlyStop where the early warning ends the run, EngineError where its servers do, and
-    PublishError where weights cannot be written for them.
+    Stopped where stop() ends the run, EarlyStop where the early warning does, EngineError where its
+    servers do, and PublishError where weights cannot be written for them.
     """
     with contextlib.ExitStack() as stack:
         job = assemble(config, stack)
@@ -62,16 +72,19 @@ def run(config: RunConfig) -> Generator[StepRecord]:
             raise start.failure
         try:
             for records, progress in _steps(job, start):
-                if first():
-                    for record in records:
-                        job.log.write(record)
-                ended = progress.step == job.last_step or progress.stop or progress.failure
+                from_first(partial(_log, job, records))
+                asked = anywhere(stop())
+                ended = asked or progress.step == job.last_step or progress.stop or progress.failure
                 if ended or job.checkpoints.due(progress.step):
                     save(job, progress)
                 yield from records
-                if progress.stop:
+                if asked or progress.stop:
                     break
-        except (GeneratorExit, EngineError):
+        except GeneratorExit:
+            if jax.process_count() == 1:
+                save(job, progress)
+            raise
+        except EngineError:
             # An engine fails before the update it was to serve: the last step's state is whole.
             save(job, progress)
             raise
@@ -79,6 +92,13 @@ def run(config: RunConfig) -> Generator[StepRecord]:
             raise progress.failure
         if progress.stop:
             raise EarlyStop(progress.stop)
+        if progress.step < job.last_step:
+            raise Stopped
+
+
+def _log(job: Job, records: Sequence[StepRecord]) -> None:
+    for record in records:
+        job.log.write(record)
 
 
 def _steps(job: Job, progress: Progress) -> Iterator[tuple[list[StepRecord], Progress]]:
@@ -136,9 +156,13 @@ def _rl_step(job: Job, progress: Progress) -> tuple[StepRecord, Progress]:
     before = progress
     sampled = from_first(lambda: _sample(job, before, timings), share=_outline)
 
+    with timed(timings, "seconds/spread"):
+        collated = [job.to_devices(batch) for batch in sampled.batches]
+        jax.block_until_ready(collated)
+    sampled = _without_arrays(job, sampled)
     with timed(timings, "seconds/score"):
-        batches, scores = _score(job, progress, sampled.batches)
-    state, updates = _update(job, progress, sampled.batches[-1], batches, timings)
+        batches, scores = _score(job, progress, collated)
+    state, updates = _update(job, progress, collated[-1], batches, timings)
     values = pool(scores) | updates | sampled.metrics
     after = dataclasses.replace(progress, step=progress.step + 1, state=state)
     after, watched, heard = respond(job, after, values)
@@ -181,6 +205,13 @@ def _sample(job: Job, progress: Progress, timings: Timings) -> _Sampled:
 def _outline(sampled: _Sampled) -> _Sampled:
     """What processes that sample nothing know of it: they get their rows of the batches later."""
     return dataclasses.replace(sampled, groups=(), batches=outline(sampled.batches))
+
+
+def _without_arrays(job: Job, sampled: _Sampled) -> _Sampled:
+    """Once they are on the devices: routes of long rollouts are tens of gigabytes on the host."""
+    keep = job.config.log.rollout_routes
+    groups = sampled.groups if keep else tuple(map(group_without_routes, sampled.groups))
+    return dataclasses.replace(sampled, groups=groups, batches=[])
 
 
 def _mini_batches(job: Job, groups: Sequence[Group], version: int) -> list[TrainBatch]:
@@ -226,15 +257,14 @@ def _advantages(job: Job, group: Group) -> np.ndarray:
 def _score(
     job: Job, progress: Progress, batches: Sequence[TrainBatch]
 ) -> tuple[list[TrainBatch], list[Metrics]]:
-    """Every mini-batch on the devices with its old_logprobs, ref_logprobs and routes to replay.
+    """Every mini-batch with its old_logprobs, ref_logprobs and routes to replay.
 
     All are scored before the first update: pi_old is the policy at the weights the update
     starts from.
     """
     learner = job.config.learner
     scored, metrics = [], []
-    for host_batch in batches:
-        batch = job.to_devices(host_batch)
+    for batch in batches:
         if progress.reference is not None:
             logprobs = job.steps.score_reference(progress.reference, batch).logprobs
             batch = dataclasses.replace(batch, ref_logprobs=logprobs)
@@ -264,7 +294,7 @@ def _update(
     due = every > 0 and (job.version(progress) + 1) % every == 0
     if due:
         with timed(timings, "seconds/attribution"):
-            old_passes = attribution.before(state.params, job.to_devices(last_collated))
+            old_passes = attribution.before(state.params, last_collated)
             jax.block_until_ready(old_passes)
     with timed(timings, "seconds/update"):
         for batch in batches[:-1]:

@@ -156,33 +156,34 @@ def train(path: Path, overrides: list[str], console: Console) -> int:
     config = _overridden(path, settings, f"train {path}")
     _use_compilation_cache()
     from jaxrl_llm import loop, processes
-    from jaxrl_llm.display import Display, summary
+    from jaxrl_llm.display import Display
     from jaxrl_llm.learner.watch import EarlyStop
 
     if MULTIHOST in overrides:
         processes.join(config.learner.mesh.devices)
         console.quiet = not processes.first()
-    stopped = False
     console.print(f"Run directory: {config.directory}")
     try:
         with (
             _stop_requests(console) as stop,
-            contextlib.closing(loop.run(config)) as records,
+            contextlib.closing(loop.run(config, stop.is_set)) as records,
             Display(config, console) as display,
         ):
             for record in records:
                 display.show(record)
-                stopped = processes.anywhere(stop.is_set())
-                if stopped:
-                    break
     except EarlyStop as reason:
         console.print(str(reason), markup=False, highlight=False)
         return STOPPED_EARLY
-    if stopped:
+    except loop.Stopped:
         console.print("Stopped with a checkpoint. The same command goes on from here.")
         return INTERRUPTED
-    if not processes.first():
-        return 0
+    return processes.from_first(lambda: _outcome(config, console))
+
+
+def _outcome(config: RunConfig, console: Console) -> int:
+    """Show what a run that has ended came to."""
+    from jaxrl_llm.display import summary
+
     console.print(summary(config.directory))
     return report(config.directory, console)
 

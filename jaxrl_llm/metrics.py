@@ -132,6 +132,7 @@ METRICS: dict[str, str] = {
     # Where the time went; timings are not reproducible and stand apart from the metrics.
     "seconds/rollout": "sampling [s]",
     "seconds/reward": "verifying answers [s]",
+    "seconds/spread": "mini-batches from the host to the devices of all processes [s]",
     "seconds/score": "old log-probabilities and the learner's own routes [s]",
     "seconds/update": "gradient steps [s]",
     "seconds/attribution": "passes that split log w into its causes, every few steps [s]",

@@ -1,21 +1,23 @@
 """Several processes that run one job: what the first one finds out, every one of them knows.
 
 All processes of a job run the same program on the same values, each on its own devices of one mesh.
-What comes from outside (rollouts, files, signals, failures) comes to the first process alone and
-reaches the others here. What it is not: sharding, or anything that a job of one process notices.
+What they cannot each find out alike (rollouts, rewards, what is in the run directory, signals,
+failures) reaches all of them here. What it is not: sharding, or anything that a job of one process
+notices.
 
-Every function here but first() is a meeting: all processes must come to it in the same order. A
-process that is gone ends the others: their next operation on the devices fails, or JAX's heartbeat
-ends them.
+join(), anywhere(), everywhere(), from_first() and spread() are meetings: all processes must come to
+each of them in the same order. A process that is gone ends the others: their next operation on the
+devices fails, or JAX's heartbeat ends them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,7 +36,6 @@ LEAVING_SECONDS = 120
 
 SMALLEST, LARGEST = 2**12, 2**26
 """Bytes that travel at once: a power of two from these, so that few programs are compiled."""
-
 
 NOTHING = np.empty(0, np.uint8)
 
@@ -81,6 +82,24 @@ def anywhere(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def everywhere(make: Callable[[], T]) -> T:
+    """What make() returns in this process, if no process raises; else every one of them does.
+
+    Where it raises in another process alone, that is a RuntimeError here.
+    """
+    error, value = None, None
+    try:
+        value = make()
+    except Exception as raised:
+        error = raised
+    failed = anywhere(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("another process of this job failed; its output says why")
+    return value  # type: ignore[return-value]  # make() has returned it
+
+
 def from_first(
     make: Callable[[], T],
     *,
@@ -92,7 +111,8 @@ def from_first(
     Args:
       make: called in the first process alone.
       share: what of its value the others get, by pickle; the first keeps the value itself.
-      act: what the others do at each announce() meanwhile.
+      act: what the others do at each announce() meanwhile. If it raises, it has in the first
+        process too, whose word on it counts.
     """
     if jax.process_count() == 1:
         return make()
@@ -100,17 +120,23 @@ def from_first(
         try:
             value = make()
         except Exception as error:
-            _send_error(error)
+            _send(("error", _packed(error)))
             raise
         _send(("value", share(value)))
         return value
+    failure: Exception | None = None
     while True:
         kind, content = _receive()
         if kind == "error":
-            raise _rebuilt(*content)
+            raise _rebuilt(content)
+        if failure is not None:
+            raise failure
         if kind == "value":
             return content
-        act(content)
+        try:
+            act(content)
+        except Exception as error:
+            failure = error
 
 
 def announce(request: Any) -> None:
@@ -175,13 +201,6 @@ def _send(message: Any) -> None:
     _broadcast(data, data.size)
 
 
-def _send_error(error: Exception) -> None:
-    try:
-        _send(("error", (type(error), error.args, vars(error))))
-    except (pickle.PicklingError, TypeError, AttributeError):  # it holds what cannot travel
-        _send(("error", (RuntimeError, (f"{type(error).__name__}: {error}",), {})))
-
-
 def _receive() -> Any:
     return pickle.loads(_broadcast(NOTHING, _agree_on_size(0)).data)
 
@@ -204,12 +223,33 @@ def _broadcast(data: np.ndarray, size: int) -> np.ndarray:
         if first():
             words.view(np.uint8)[:count] = data[start : start + count]
         parts.append(multihost_utils.broadcast_one_to_all(words).view(np.uint8)[:count])
-    return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+    return np.concatenate(parts) if parts else NOTHING
 
 
-def _rebuilt(kind: type[Exception], arguments: tuple[Any, ...], attributes: Any) -> Exception:
-    """The first process's exception. Pickle would call its constructor, with other arguments."""
-    error = kind.__new__(kind, *arguments)
-    error.args = arguments
-    vars(error).update(attributes)
+class _Parts(NamedTuple):
+    """An exception that pickle does not make again: its constructor takes other arguments."""
+
+    kind: type[Exception]
+    args: tuple[Any, ...]
+    attributes: dict[str, Any]
+
+
+def _packed(error: Exception) -> bytes:
+    """What _rebuilt() makes the exception of again; with as much of it as can travel."""
+    kind, text = type(error), str(error)
+    for content in (error, _Parts(kind, error.args, vars(error)), _Parts(kind, (text,), {})):
+        with contextlib.suppress(Exception):
+            packed = pickle.dumps(content)
+            if str(_rebuilt(packed)) == text:
+                return packed
+    return pickle.dumps(RuntimeError(f"{kind.__name__}: {text}"))
+
+
+def _rebuilt(packed: bytes) -> Exception:
+    content = pickle.loads(packed)
+    if not isinstance(content, _Parts):
+        return content
+    error = content.kind.__new__(content.kind, *content.args)
+    error.args = content.args
+    vars(error).update(content.attributes)
     return error

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm.assembly import CHECKPOINTS, Job, Progress
+from jaxrl_llm.assembly import Job, Progress
+from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.learner.checkpoint import CheckpointError, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.learner.watch import observe
+from jaxrl_llm.processes import from_first
 
 
 class Response(NamedTuple):
@@ -129,9 +131,8 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     dropped = len(progress.buffer)
     progress.buffer.clear()
     job.under_way.cancel()
-    if job.journal is not None:
-        # This version is not published yet: all that sampled anything are below it.
-        job.journal.forget(job.version(progress))
+    # This version is not published yet: all that sampled anything are below it.
+    from_first(lambda: job.forget(job.version(progress)))
     after = dataclasses.replace(
         progress,
         state=checkpoint.state,

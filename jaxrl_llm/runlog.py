@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxrl_llm.types import Group, group_from_json, group_to_json, without_routes
+from jaxrl_llm.types import Group, group_from_json, group_to_json, group_without_routes
 
 Phase = Literal["sft", "rl", "eval"]
 PHASES: tuple[Phase, ...] = ("sft", "rl", "eval")  # in the order in which a run meets them
@@ -192,7 +192,7 @@ class RunWriter:
             return
         groups = record.groups[: self._config.groups_per_step or None]
         if not self._config.rollout_routes:
-            groups = tuple(_without_routes(group) for group in groups)
+            groups = tuple(group_without_routes(group) for group in groups)
         text = "".join(json.dumps(group_to_json(group)) + "\n" for group in groups)
         _replace(self._paths.rollouts_of(record.phase, record.step), text)
 
@@ -344,7 +344,3 @@ def _parse(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any] | None]]
 
 def _within(record: Mapping[str, Any] | None, step: int | None) -> bool:
     return record is not None and step is not None and record["step"] <= step
-
-
-def _without_routes(group: Group) -> Group:
-    return Group(group.prompt, tuple(without_routes(rollout) for rollout in group.rollouts))

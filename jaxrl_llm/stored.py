@@ -10,7 +10,10 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from jaxrl_llm.assembly import CHECKPOINTS, ENDED, heldout_prompts
+import jax
+
+from jaxrl_llm.assembly import ENDED, heldout_prompts
+from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import RunConfig, read_config
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import make_tokenizer
@@ -19,7 +22,7 @@ from jaxrl_llm.evaluate import EvaluationResult, evaluate
 from jaxrl_llm.learner.checkpoint import Checkpoint, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.lock import locked
-from jaxrl_llm.sharding import make_layout
+from jaxrl_llm.sharding import Layout, MeshConfig, make_layout
 
 
 def stored_config(run_dir: Path) -> RunConfig:
@@ -28,9 +31,18 @@ def stored_config(run_dir: Path) -> RunConfig:
     return dataclasses.replace(config, run_dir=str(run_dir.absolute()))
 
 
+def layout_here(config: RunConfig) -> Layout:
+    """The mesh of the config; where it has more devices than there are here, one of all these."""
+    mesh, devices = config.learner.mesh, len(jax.devices())
+    return make_layout(mesh if mesh.devices <= devices else MeshConfig(fsdp=devices))
+
+
 def newest_checkpoint(config: RunConfig) -> Checkpoint:
-    """Of the run in config.directory, without optimizer state; ValueError where there is none."""
-    abstract = abstract_state(config.model, None, make_layout(config.learner.mesh))
+    """Of the run in config.directory, without optimizer state, on the mesh of layout_here().
+
+    Raises ValueError where there is none.
+    """
+    abstract = abstract_state(config.model, None, layout_here(config))
     checkpoint = restore(config.directory / CHECKPOINTS, abstract)
     if checkpoint is None:
         raise ValueError(f"{config.directory} has no checkpoint yet; let the run make one first")
@@ -64,7 +76,7 @@ def evaluate_checkpoint(
     checkpoint = newest_checkpoint(config)
     tokenizer = make_tokenizer(config.task.tokenizer)
     heldout = heldout_prompts(config, tokenizer)
-    layout = make_layout(config.learner.mesh)
+    layout = layout_here(config)
     with contextlib.ExitStack() as stack:
         if config.rollout.sglang.servers:
             # A run that goes on would find other weights on its servers than it put there.

@@ -236,6 +236,11 @@ def without_routes(rollout: Rollout) -> Rollout:
     return dataclasses.replace(rollout, routes=None, route_digest="")
 
 
+def group_without_routes(group: Group) -> Group:
+    """The group with rollouts that are."""
+    return Group(group.prompt, tuple(without_routes(rollout) for rollout in group.rollouts))
+
+
 def group_to_json(group: Group) -> dict[str, Any]:
     """A group as plain JSON values, exact: arrays become {"dtype", "shape", "base64"}."""
     return {

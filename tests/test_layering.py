@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 LEVEL_4 = {
     "assembly",
+    "checks",
     "engines",
     "export",
     "stored",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import assembly, loop
-from jaxrl_llm.assembly import CHECKPOINTS
+from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import Tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointConfig, restore

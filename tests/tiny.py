@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm.assembly import CHECKPOINTS
+from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import ColdStartConfig, RolloutConfig, RunConfig, TaskConfig, to_json
 from jaxrl_llm.data.prompts import DataConfig
 from jaxrl_llm.data.rewards import Verdict, Verifier

@@ -28,7 +28,9 @@ def check_values() -> None:
     assert made["b"].tolist() == [0, 1, 2]
     large = bytes(range(256)) * 2**9 + b"the end"  # more than travels at once
     assert processes.from_first(lambda: large) == large
-    kept = processes.from_first(lambda: [1, 2, 3], share=lambda value: value[:1])
+    kept = processes.from_first(
+        lambda: [1, 2, 3] if FIRST else never(), share=lambda value: value[:1]
+    )
     assert kept == ([1, 2, 3] if FIRST else [1])
     assert processes.from_first(lambda: None) is None
 
@@ -39,16 +41,67 @@ def check_errors() -> None:
     def fail(error: Exception) -> None:
         raise error
 
-    errors = (EngineError("no server"), RouteError("missing", "no routes"), OSError(28, "full"))
+    errors = (
+        EngineError("no server"),
+        RouteError("missing", "no routes"),
+        OSError(28, "full"),
+        FileNotFoundError(2, "No such file or directory", "prompts.jsonl"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+    )
     for error in errors:
         with pytest.raises(type(error)) as arrived:
             processes.from_first(partial(fail, error))
         assert str(arrived.value) == str(error)
         assert vars(arrived.value) == vars(error)
-    unpicklable = ValueError("a lambda in it")
+        assert getattr(arrived.value, "filename", None) == getattr(error, "filename", None)
+    unpicklable = EngineError("a lambda in it")
     unpicklable.cause = lambda: None  # type: ignore[attr-defined]
-    with pytest.raises((ValueError, RuntimeError), match="a lambda in it"):
+    with pytest.raises(EngineError, match=r"^a lambda in it$"):
         processes.from_first(partial(fail, unpicklable))
+
+    class Local(Exception):
+        """Of no module that could be imported elsewhere."""
+
+    with pytest.raises(Local if FIRST else RuntimeError, match=r"nowhere else$"):
+        processes.from_first(partial(fail, Local("nowhere else")))
+
+
+def check_failures_of_one() -> None:
+    """Where a process fails in what all do, every one of them raises."""
+
+    def fail_in(process: int) -> str:
+        if jax.process_index() == process:
+            raise FileNotFoundError(2, "No such file or directory", "prompts.jsonl")
+        return "there"
+
+    for process in (0, 1):
+        here = jax.process_index() == process
+        message = "prompts.jsonl" if here else "another process"
+        with pytest.raises(FileNotFoundError if here else RuntimeError, match=message):
+            processes.everywhere(partial(fail_in, process))
+    assert processes.everywhere(partial(fail_in, 2)) == "there"
+
+
+def check_failed_requests() -> None:
+    """What all fail in alike while the first leads: its word counts, and they still meet."""
+
+    def act(request: str) -> None:
+        raise ValueError(request)
+
+    def lead(then: str) -> str:
+        processes.announce("both fail")
+        if then == "raise":
+            raise EngineError("in other words")
+        return "made nevertheless"
+
+    with pytest.raises(EngineError, match="in other words"):
+        processes.from_first(partial(lead, "raise"), act=act)
+    if FIRST:
+        assert processes.from_first(partial(lead, "return"), act=act) == "made nevertheless"
+    else:
+        with pytest.raises(ValueError, match="both fail"):
+            processes.from_first(partial(lead, "return"), act=act)
+    assert processes.from_first(lambda: "again") == "again"
 
 
 def check_requests() -> None:
@@ -92,7 +145,16 @@ def check_spread() -> None:
             assert np.asarray(shard.data).tobytes() == values[shard.index].tobytes()
 
 
-for check in (check_values, check_errors, check_requests, check_flags, check_spread):
+checks = (
+    check_values,
+    check_errors,
+    check_failures_of_one,
+    check_requests,
+    check_failed_requests,
+    check_flags,
+    check_spread,
+)
+for check in checks:
     check()
 print("all checked", flush=True)
 sys.exit(0)

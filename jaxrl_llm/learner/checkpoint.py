@@ -143,6 +143,15 @@ class Checkpoints:
         self._writer.close()
 
 
+def newest_step(directory: Path) -> int | None:
+    """The step of the newest whole checkpoint; None if there is none."""
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        return None
+    with ocp.training.Checkpointer(directory, context=_context()) as reader:
+        return None if reader.latest is None else reader.latest.step
+
+
 def restore(directory: Path, abstract: TrainState, step: int | None = None) -> Checkpoint | None:
     """The checkpoint of `step`, by default the newest; None if there is none at all.
 

@@ -315,7 +315,7 @@ def phase_seconds(reader: RunReader) -> dict[str, float]:
     """Total seconds of every phase of the run, in the order in which they happen."""
     sft, rl, evaluations = (reader.timings(phase) for phase in PHASES)
     parts = {"cold start": sft.get("seconds/step")}
-    for name in ("rollout", "reward", "score", "update", "publish"):
+    for name in ("rollout", "reward", "spread", "score", "update", "publish"):
         parts[name] = rl.get(f"seconds/{name}")
     parts["evaluation"] = evaluations.get("seconds/evaluate")
     totals = {name: float(np.nansum(v)) for name, v in parts.items() if v is not None}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def test_a_run_is_exported_from_its_newest_checkpoint(
     with safe_open(tmp_path / "x" / WEIGHTS[1], framework="np") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert kinds == {hf.FILE_DTYPES[dtype]}
+
+
+def test_a_run_of_more_devices_than_there_are_here_is_exported(
+    run: tuple[RunConfig, Params], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As that of a pod on another machine."""
+    pod = shutil.copytree(run[0].directory, tmp_path / "pod")
+    stored = json.loads((pod / "config.json").read_text())
+    stored["learner"]["mesh"] |= {"data": 4, "fsdp": 16}
+    (pod / "config.json").write_text(json.dumps(stored))
+    written(capsys, pod, tmp_path / "x", "--dtype", "float32")
+    assert_same_bits(load(tmp_path / "x", run[0].model), run[1])
 
 
 def test_a_config_is_exported_as_its_run_starts(

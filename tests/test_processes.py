@@ -1,11 +1,8 @@
-"""Two processes with four CPU devices each, on this machine: values, runs, checkpoints, a loss.
-
-Their meshes are split along one axis. Between processes, XLA's collectives for CPUs mix up two that
-a device runs at the same time, as it does where tokens travel to their experts.
-"""
+"""Two processes with four CPU devices each, on this machine: values, runs, checkpoints, a loss."""
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,9 +17,11 @@ import pytest
 
 from jaxrl_llm.config import to_json
 from jaxrl_llm.sharding import MeshConfig
+from tests.rollout.fake_faults import Fault
 from tests.rollout.fake_samplers import ModelSampler
 from tests.rollout.fake_sglang import FakeServer
-from tests.sglang_runs import served
+from tests.rollout.sglang_engines import sampling_bodies
+from tests.sglang_runs import checkpoints, served
 from tests.tiny import tiny_config, vary
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +34,8 @@ SHORT = (
     # round a weight of the engine to its neighbour, 6 % away.
     *("--rollout.engine.precision", "float32"),
 )
-FSDP = ("--learner.mesh.fsdp", "8")
-ASKED = ("/generate", "/update_weights_from_disk")  # other requests are a matter of time
+MESH = ("--learner.mesh.expert", "8")  # tokens travel between the processes, and parameters
+UPDATE = "/update_weights_from_disk"
 LEAVING = 150  # seconds in which a process must end after another one was lost
 
 
@@ -114,7 +113,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process with all eight devices."""
     folder = tmp_path_factory.mktemp("alone")
-    assert statuses(train(folder, FSDP, together=False)) == [0], output(folder)
+    assert statuses(train(folder, MESH, together=False)) == [0], output(folder)
     return folder
 
 
@@ -125,27 +124,30 @@ def test_processes_exchange_values_errors_and_arrays(tmp_path: Path) -> None:
 
 
 def test_two_processes_run_as_one_does(alone: Path, tmp_path: Path) -> None:
-    assert statuses(train(tmp_path, FSDP, together=True)) == [0, 0], output(tmp_path)
+    assert statuses(train(tmp_path, MESH, together=True)) == [0, 0], output(tmp_path)
     assert_same_run(tmp_path, alone)
     # The first one alone shows anything, and writes the log and the report.
-    assert output(tmp_path).count("Report:") == 1
+    for shown in ("Run directory:", "Report:"):
+        assert shown in (tmp_path / "output_0.txt").read_text()
+        assert shown not in (tmp_path / "output_1.txt").read_text()
     assert (tmp_path / "run/report/index.html").exists()
 
 
 def test_a_stop_a_loss_and_another_mesh_change_nothing(alone: Path, tmp_path: Path) -> None:
-    started = train(tmp_path, FSDP, together=True)
+    started = train(tmp_path, MESH, together=True)
     wait_for(tmp_path, 5, started)
     started[1].send_signal(signal.SIGTERM)  # a host that is to go; the others must hear of it
     assert statuses(started) == [130, 130], output(tmp_path)
     stopped = [int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()]
     assert max(stopped) == len(records(tmp_path)) < 21
 
-    started = train(tmp_path, FSDP, together=True)
-    wait_for(tmp_path, 23, started)  # the cold start, an evaluation, a step of RL
-    started[1].kill()
-    codes = statuses(started, LEAVING)
-    assert codes[0] not in (0, 130), output(tmp_path)
-    assert codes[1] == -signal.SIGKILL
+    for lost, count in ((0, 9), (1, 23)):  # in the cold start, and after a step of RL
+        started = train(tmp_path, MESH, together=True)
+        wait_for(tmp_path, count, started)
+        started[lost].kill()
+        codes = statuses(started, LEAVING)
+        assert codes[lost] == -signal.SIGKILL
+        assert codes[1 - lost] not in (0, 130), output(tmp_path)
 
     other = ("--learner.mesh.data", "2", "--learner.mesh.expert", "2")
     assert statuses(train(tmp_path, other, together=False)) == [0], output(tmp_path)
@@ -153,7 +155,10 @@ def test_a_stop_a_loss_and_another_mesh_change_nothing(alone: Path, tmp_path: Pa
 
 
 def test_the_first_process_alone_serves_weights_of_all(tmp_path: Path) -> None:
-    """On a server: weights gathered piece by piece, and the probe scored, by both processes."""
+    """On a server: weights gathered piece by piece, and the probe scored, by both processes.
+
+    The two are ended by a server that does not take the weights of a step, and go on.
+    """
     folders = [tmp_path / name for name in ("one", "two")]
     asked = []
     for folder in folders:
@@ -164,10 +169,18 @@ def test_the_first_process_alone_serves_weights_of_all(tmp_path: Path) -> None:
             config = vary(served(folder / "run", [server]), "learner", mesh=MeshConfig(fsdp=8))
             (folder / "config.json").write_text(json.dumps(to_json(config)))
             command = ("-m", "tests.sglang_runs", str(folder / "config.json"))
+            if folder.name == "two":
+                server.add(Fault(UPDATE, "keep_weights", calls=(2, 3)))
+                assert statuses(start(command, folder, together=True)) == [1, 1], output(folder)
+                for index in (0, 1):
+                    said = (folder / f"output_{index}.txt").read_text()
+                    assert "EngineError: version 1 (v1-" in said
+                assert checkpoints(folder / "run")[-1] == records(folder)[-1]["step"]
             started = start(command, folder, together=folder.name == "two")
             assert set(statuses(started)) == {0}, output(folder)
-            asked.append(Counter(path for path, _ in server.requests if path in ASKED))
+            asked.append(Counter(json.dumps(body) for body in sampling_bodies(server)))
     assert asked[0] == asked[1]
+    assert set(asked[0].values()) == {1}
     assert_same_run(folders[1], folders[0])
 
 
@@ -175,8 +188,30 @@ def test_what_is_wrong_is_said_by_all(tmp_path: Path) -> None:
     """The folder is another run's: only the first looks, and every process ends with its words."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text("{")
-    assert statuses(train(tmp_path, FSDP, together=True)) == [1, 1], output(tmp_path)
-    assert output(tmp_path).count("config.json") >= 2
+    assert statuses(train(tmp_path, MESH, together=True)) == [1, 1], output(tmp_path)
+    for index in (0, 1):
+        said = (tmp_path / f"output_{index}.txt").read_text()
+        assert re.search(r"^error: ValueError: .*config\.json", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("sys.argv += ['--seed', os.environ['JAX_PROCESS_ID']]", "settings.seed: 1 != 0"),
+        ("os.chdir(os.environ['JAX_PROCESS_ID'])", "run_dir: run, where the first has made"),
+    ],
+    ids=["settings", "folder"],
+)
+def test_processes_that_are_not_alike_are_refused(own: str, message: str, tmp_path: Path) -> None:
+    for index in (0, 1):
+        (tmp_path / f"{index}").mkdir()
+    enter = f"import os; os.chdir({str(tmp_path)!r}); {own}; "
+    config = str(ROOT / "configs/quickstart.py")
+    command = ("-c", f"import sys; {enter}{TRAIN}", "train", config, "--multihost", *MESH)
+    assert statuses(start((*command, "--run-dir", "run"), tmp_path, together=True)) == [1, 1]
+    said = [(tmp_path / f"output_{index}.txt").read_text() for index in (0, 1)]
+    assert "error: ValueError: the processes of this job differ (not this one" in said[0]
+    assert f"error: ValueError: the processes of this job differ ({message}" in said[1]
 
 
 @pytest.mark.parametrize(

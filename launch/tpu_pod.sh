@@ -15,7 +15,8 @@
 # stop     ends the run after its step, with a checkpoint; before other flags or other code
 # delete   gives the slice back; until then it costs
 #
-# On each host a systemd service (launch/tpu_pod.service) runs the process and restarts it if it dies.
+# On each host a systemd service (launch/tpu_pod.service) runs the process and restarts it if it dies, or
+# if it ended since another host restarts: the run has ended when process 0 has, with all steps done.
 # The run directory must be on storage that all hosts see and that outlives the slice.
 #
 # ZONE             where, such as us-east5-a; it must have the accelerator
@@ -35,11 +36,12 @@
 # MODEL, PROMPTS, SGLANG_URL, SGLANG_API_KEY, JAX_COMPILATION_CACHE_DIR
 #                  go to the learner if set, over ssh and into a file that root alone can read
 # PASS             more variables that do, separated by spaces
-# DELETE=1         gives the slice back when the run has ended, well or not
+# DELETE=1         gives the slice back when the run has ended, well or not, or by `stop`
 # POLL_SECONDS     between looks at the slice and the run, 60 unless set
 # ATTEMPTS         calls of gcloud, requests or installations that may fail in a row: 5 unless set
 #
-# The exit status is 0 when the run has ended well and 1 when it failed or the slice cannot be had.
+# The exit status is 0 when the run has ended well, 3 when its early warning ended it, 130 after `stop`,
+# as those of the learner, and 1 when it failed or the slice cannot be had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name="${NAME:-jaxrl-learner}" accelerator="${ACCELERATOR:-v5p-64}"
@@ -157,8 +159,26 @@ install() {
   return "$status"
 }
 
-# active, activating (about to be restarted), inactive or failed; nothing if host 0 cannot be asked.
-service_state() { hosts 0 "systemctl is-active $service || true" 2>/dev/null | tail -n 1 || true; }
+# What systemd at host 0 says of the run, in a word; nothing if the host cannot be asked.
+#   running   or about to be started again
+#   ended     with all steps done
+#   early     by its early warning
+#   failed    for good
+#   stopped   by `stop`, which disables the service too
+#   away      stopped otherwise, or not started yet, as where the host restarts
+service_state() {
+  local shown properties="ActiveState,ExecMainCode,ExecMainStatus,UnitFileState"
+  shown="$(hosts 0 "systemctl show $service --property=$properties" 2>/dev/null | sort | tr '\n' ' ' || true)"
+  case "$shown" in
+    # ExecMainCode is 1 where the process has exited, 2 where a signal ended it, and 0 before.
+    *"ActiveState=inactive ExecMainCode=1 ExecMainStatus=0 "*) echo ended ;;
+    *"ActiveState=failed ExecMainCode=1 ExecMainStatus=3 "*) echo early ;;
+    *ActiveState=failed*) echo failed ;;
+    *ActiveState=inactive*UnitFileState=disabled*) echo stopped ;;
+    *ActiveState=inactive*) echo away ;;
+    *ActiveState=*) echo running ;;
+  esac
+}
 
 show_log() { hosts 0 "sudo journalctl --unit=$service --output=cat --lines=100 --follow"; }
 
@@ -173,9 +193,9 @@ end_log() {
   log=0
 }
 
-# Shows the log until the run ends: 0 well, 1 failed, 2 the slice is gone.
+# Shows the log until the run ends: 0 well, 3 early, 130 stopped, 1 failed, 2 the slice is gone.
 follow() {
-  local now
+  local now run before=""
   while true; do
     if [ "$log" = 0 ] || ! kill -0 "$log" 2>/dev/null; then
       start_log
@@ -187,16 +207,30 @@ follow() {
       end_log
       return 2
     fi
-    case "$(service_state)" in
-      inactive)
+    run="$(service_state)"
+    case "$run" in
+      ended)
         say "The run has ended"
         return 0
+        ;;
+      early)
+        say "Its early warning ended the run; all of its log: bash launch/tpu_pod.sh log"
+        return 3
+        ;;
+      stopped)
+        say "The run was stopped; the same command goes on with it"
+        return 130
         ;;
       failed)
         say "The run failed; all of its log: bash launch/tpu_pod.sh log"
         return 1
         ;;
+      away)
+        [ "$before" = away ] ||
+          say "Host 0 restarts, or the service was stopped there alone; it goes on when that starts again"
+        ;;
     esac
+    before="${run:-$before}"
   done
 }
 
@@ -205,7 +239,7 @@ train() {
   while true; do
     acquire
     case "$(service_state)" in
-      active | activating) say "The run is under way" ;;
+      running) say "The run is under way" ;;
       *)
         if ! install "$@"; then
           failed=$((failed + 1))
@@ -267,6 +301,7 @@ case "$command" in
     ;;
   state) state ;;
   log) show_log ;;
+  # Disabled first: by that follow() knows who stopped it, and a host that restarts lets it rest.
   stop) hosts all "sudo systemctl disable $service; sudo systemctl stop $service" ;;
   delete) delete ;;
   *) usage ;;

@@ -2,8 +2,8 @@
 
 It reads $FAKE_GCLOUD/script.json, {"states": [...], "services": [...], "installs": [...]}, and
 takes one entry from the front for each look at the queued resource, at the service on host 0, or
-for each installation; the last one stays. The entry "error" is a call that fails. Calls are lines
-of calls.jsonl; the files that are copied go to copied/.
+for each installation; the last one stays. Services are events of units.py. The entry "error" is a
+call that fails. Calls are lines of calls.jsonl; the files that are copied go to copied/.
 """
 
 import json
@@ -12,6 +12,8 @@ import shutil
 import sys
 import time
 from pathlib import Path
+
+from tests.launch.units import shown
 
 HOME = Path(os.environ["FAKE_GCLOUD"])
 
@@ -53,13 +55,19 @@ def tpu_vm(verb: str, arguments: list[str]) -> int:
             shutil.copy2(file, HOME / "copied")
         return 0
     command = next(a.removeprefix("--command=") for a in arguments if a.startswith("--command="))
-    if "is-active" in command:
+    if "systemctl show" in command:
         service = take("services")
         if service == "active":
             (HOME / "started").touch()
         elif (HOME / "started").exists():
             wait_for_log()
-        print(service)
+        if service == "error":
+            print("ssh: connect to host 10.0.0.2 port 22: Connection refused", file=sys.stderr)
+            return 255
+        asked = command.partition("--property=")[2].split(",")
+        for name, value in shown(service).items():
+            if name in asked:
+                print(f"{name}={value}")
     elif "journalctl" in command:
         print("rl step 12  loss 0.5", flush=True)
         (HOME / "log").touch()

@@ -111,6 +111,7 @@ class JobSet(Strict):
 class JobRecovery(Strict):
     strategy: Literal["FAILOVER", "EAGER_NEXT_REGION"] | None = None
     max_restarts_on_errors: int | None = None
+    recover_on_exit_codes: int | list[int] | None = None
 
 
 class AcceleratorArguments(Strict):

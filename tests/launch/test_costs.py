@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+from jaxrl_llm.data.collate import collate
 from jaxrl_llm.model.config import ModelConfig, MoEConfig
 from jaxrl_llm.model.transformer import init_params
+from jaxrl_llm.processes import LARGEST
+from tests.launch.shapes import documents
+from tests.synthetic_run import make_group
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "launch" / "README.md").read_text()
@@ -59,6 +64,7 @@ def test_the_shape_is_that_of_the_text() -> None:
 
 
 COSTS = table("what | bytes")
+ANSWER = value("`T * L * K * 4 * 4 / 3`")  # bytes of the routes of the longest one, as base64
 
 
 @pytest.mark.parametrize("row", COSTS, ids=[row["what"].split(",")[0] for row in COSTS])
@@ -99,7 +105,55 @@ def test_the_conclusions_follow_too() -> None:
     assert f"write a publication in {weights / FILESTORE['write']:.0f} s" in TEXT
     assert f"give 4 servers theirs in {4 * weights / FILESTORE['read']:.0f} s" in TEXT
     assert f"a checkpoint takes {checkpoint / FILESTORE['write'] / 60:.1f} minutes" in TEXT
-    assert f"two copies of {value('`T * L * K * 4 * 4 / 3`') / 1e6:.0f} MB" in TEXT
+    assert f"two copies of {ANSWER / 1e6:.0f} MB" in TEXT
+
+
+def test_bytes_of_a_token_in_memory_are_those_of_its_fields() -> None:
+    """Of each beside its routes, which are int16 in both."""
+    (rollout, *_) = make_group(0).rollouts
+    assert rollout.routes is not None
+    arrays = (rollout.loss_mask, rollout.sampler_logprobs, rollout.weight_version)
+    positions, advantages = rollout.loss_mask.size, np.zeros(1, np.float32)
+    one_more = rollout.tokens[1:].nbytes + sum(array.nbytes for array in arrays)
+    assert one_more == 13 * positions
+    batch = collate([rollout], advantages, step=3, rows=1, length=positions, pack=False)
+    routes = np.asarray(batch.routes)
+    assert routes.nbytes == rollout.routes.nbytes == 2 * rollout.routes.size
+    in_rows = sum(leaf.nbytes for leaf in jax.tree.leaves(batch)) - routes.nbytes
+    assert in_rows == 30 * positions
+    formulas = [row["bytes"] for row in COSTS]
+    assert "`B * T * (L * K * 2 + 30)`" in formulas
+    assert "`B * T * (2 * L * K * 2 + 13 + 30)`" in formulas
+
+
+def test_the_padding_of_rows_that_are_sent_is_as_the_text_says() -> None:
+    row = int(value("`T * L * K * 2`"))
+    block = LARGEST // row * row
+    assert f"blocks of up to {LARGEST // 2**20} MiB" in TEXT
+    assert (block // row, LARGEST / block) == (2, pytest.approx(4 / 3))
+    assert "for two rows of routes makes a third more" in TEXT
+
+
+def test_a_pod_asks_for_the_memory_that_the_first_process_needs() -> None:
+    requests, parts = set(), {}
+    for path in (ROOT / "launch" / "gke").glob("learner_*.yaml"):
+        (document,) = documents(path)
+        job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
+        (container,) = job["template"]["spec"]["containers"]
+        requests.add(container["resources"]["requests"]["memory"])
+        parts[path.stem] = value("`12 * P`") / job["parallelism"]
+    assert requests == {"256Gi"}
+    memory, batch = 256 * 2**30, value("`B * T * (2 * L * K * 2 + 13 + 30)`")
+    assert f"a pod asks for 256 GiB, {memory / 1e9:.0f} GB" in TEXT
+    assert f"{batch / 1e9:.0f} GB for the batch" in TEXT
+    part, smaller = parts["learner_v5p_64"] / 1e9, parts["learner_v6e_64"] / 1e9
+    assert (
+        f"{part:.0f} GB for its part of a checkpoint being written (v6e: {smaller:.0f} GB)" in TEXT
+    )
+    left = memory - batch - max(parts.values())
+    assert f"leaves {left / 1e9:.0f} GB for the answers being read" in TEXT
+    assert f"{left / 2 / ANSWER // 100 * 100:.0f} at once" in TEXT
+    assert f"are {value('`B * T * (L * K * 2 + 13)`') / 1e9:.0f} GB more for each batch" in TEXT
 
 
 SLICES = table("`ACCELERATOR` of TPU VMs, SkyPilot")

@@ -112,13 +112,15 @@ def test_what_fails_restarts_all_and_what_was_stopped_does_not(path: Path) -> No
     assert job.template.spec.restartPolicy == "Never"  # which a podFailurePolicy asks for
     stopped, preempted = jobset.spec.failurePolicy.rules
     early, disrupted = job.podFailurePolicy.rules
-    assert (early.action, early.onExitCodes.values) == ("FailJob", [3])
+    assert (early.action, early.onExitCodes.values) == ("FailJob", [3, 130])
     assert early.onExitCodes.containerName == job.template.spec.containers[0].name
     assert disrupted.onPodConditions[0].type == "DisruptionTarget"
     # What the job controller writes of the two.
     told = "Container learner for pod default/a failed with exit code 3 matching FailJob rule at 0"
     assert re.search(stopped.onJobFailureMessagePatterns[0], told)
-    assert not re.search(stopped.onJobFailureMessagePatterns[0], told.replace("code 3", "code 31"))
+    for other in (31, 130):  # the second rule is that of exit status 130
+        message = told.replace("code 3", f"code {other}")
+        assert not re.search(stopped.onJobFailureMessagePatterns[0], message)
     assert stopped.action == "FailJobSet"
     assert preempted.action == "RestartJobSetAndIgnoreMaxRestarts"
     for rule in (stopped, preempted):

@@ -1,12 +1,16 @@
 """What a host of a TPU slice is given: its share, its environment, what restarts its process."""
 
-import configparser
+import inspect
+import re
 import subprocess
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxrl_llm.main import INTERRUPTED, STOPPED_EARLY
+from jaxrl_llm.processes import HEARTBEAT_SECONDS
+from tests.launch import units
 from tests.launch.shapes import documents
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
@@ -70,23 +74,62 @@ def test_a_share_that_is_mounted_stays(host: Path) -> None:
     assert "sudo mount /shared" not in run(host, NFS="10.0.0.2:/shared")
 
 
-def test_the_service_restarts_what_failed_and_not_what_was_stopped() -> None:
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(LAUNCH / "tpu_pod.service")
+@pytest.mark.parametrize(
+    ("end", "alone", "told_to_stop"),
+    [
+        ("0", "inactive", "inactive"),
+        (str(INTERRUPTED), "activating", "inactive"),  # alone: SIGTERM was another host's
+        ("SIGTERM", "inactive", "inactive"),
+        (str(STOPPED_EARLY), "failed", "failed"),
+        ("1", "activating", "failed"),
+        ("SIGABRT", "activating", "failed"),  # by JAX's heartbeat, or while it waits for the others
+    ],
+)
+def test_the_service_starts_again_unless_it_was_stopped_or_has_ended(
+    end: str, alone: str, told_to_stop: str
+) -> None:
+    assert units.state_after(end, stopped=False) == alone
+    assert units.state_after(end, stopped=True) == told_to_stop
+
+
+def test_waiting_for_a_host_that_restarts_stays_below_the_start_limit() -> None:
+    unit = units.read()
+    patience = inspect.signature(jax.distributed.initialize).parameters["initialization_timeout"]
+    assert f"JAX waits for {patience.default} s" in " ".join(units.SERVICE.read_text().split())
+    attempt = patience.default + int(unit["Service"]["RestartSec"])
+    starts = int(unit["Unit"]["StartLimitIntervalSec"]) / attempt
+    assert starts < int(unit["Unit"]["StartLimitBurst"])
+
+
+def test_the_service_is_given_what_the_script_installs() -> None:
+    unit = units.read()
     service = unit["Service"]
-    assert service["Restart"] == "on-failure"
-    assert service["RestartPreventExitStatus"] == str(STOPPED_EARLY)
-    assert service["SuccessExitStatus"] == str(INTERRUPTED)
     # A word of its own: systemd splits it into arguments.
     assert service["ExecStart"] == "/opt/jaxrl_llm/.venv/bin/jaxrl-llm $ARGUMENTS"
     script = (LAUNCH / "tpu_pod.sh").read_text()
     assert service["EnvironmentFile"] in script
     assert f"tar -xzf ~/jaxrl_llm.tar.gz -C {service['WorkingDirectory']}" in script
+    # It starts with its host, once it is enabled.
+    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    assert "systemctl enable $service" in script
 
 
-def test_the_same_exit_status_stops_a_jobset() -> None:
+def test_the_same_exit_statuses_end_or_restart_elsewhere() -> None:
     for path in (LAUNCH / "gke").glob("learner_*.yaml"):
         (document,) = documents(path)
         job = document["spec"]["replicatedJobs"][0]["template"]["spec"]
-        assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [STOPPED_EARLY]
+        codes = job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+        assert codes == [STOPPED_EARLY, INTERRUPTED]
+    (task,) = documents(LAUNCH / "sky_learner.yaml")
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [INTERRUPTED]
+
+
+def test_the_heartbeat_is_the_programs_wherever_it_is_named() -> None:
+    files = [path for path in LAUNCH.rglob("*") if path.is_file()]
+    named = {path.name: re.findall(r"heartbeat \((\d+) s\)", path.read_text()) for path in files}
+    assert {name for name, found in named.items() if found} >= {
+        "README.md",
+        "sky_learner.yaml",
+        "tpu_pod.service",
+    }
+    assert {value for found in named.values() for value in found} == {str(HEARTBEAT_SECONDS)}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from jaxrl_llm.main import INTERRUPTED, STOPPED_EARLY
 
 REPOSITORY = Path(__file__).parent.parent.parent
 CONFIG = "configs/qwen3_moe.py"
@@ -31,7 +34,7 @@ class Cloud:
     def play(
         self,
         states: Sequence[str] = ("ACTIVE",),
-        services: Sequence[str] = ("inactive",),
+        services: Sequence[str] = ("none", "exit 0"),
         installs: Sequence[str] = ("done",),
     ) -> None:
         script = {"states": states, "services": services, "installs": installs}
@@ -71,6 +74,11 @@ class Cloud:
                 names.append("stop")
         return names
 
+    def left(self, name: str) -> list[str]:
+        """Entries of the script that nobody has asked for but the last."""
+        entries: list[str] = json.loads((self.home / "script.json").read_text())[name]
+        return entries[:-1]
+
     def find(self, verb: str) -> list[str]:
         return next(call for call in self.calls() if call[3] == verb)
 
@@ -80,8 +88,8 @@ def cloud(tmp_path: Path) -> Cloud:
     """A fake gcloud on PATH, and a repository with one commit, since its copy is what hosts get."""
     gcloud = tmp_path / "bin" / "gcloud"
     gcloud.parent.mkdir()
-    fake = Path(__file__).parent / "fake_gcloud.py"
-    gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} {fake} "$@"\n')
+    python = f"env PYTHONPATH={REPOSITORY} {sys.executable}"
+    gcloud.write_text(f'#!/bin/sh\nexec {python} -m tests.launch.fake_gcloud "$@"\n')
     gcloud.chmod(0o755)
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY / "launch", repository / "launch")
@@ -99,7 +107,7 @@ def cloud(tmp_path: Path) -> Cloud:
 def test_a_slice_is_asked_for_and_trained_on(cloud: Cloud) -> None:
     states = ("", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
     # The first look at the service is before the installation, where host 0 has none.
-    cloud.play(states, services=("inactive", "activating", "active", "inactive"))
+    cloud.play(states, services=("none", "exit 1", "active", "exit 0"))
     done = cloud.run("train", CONFIG, *RUN_DIR, "--steps", "9")
     assert done.returncode == 0, done.stderr
     assert cloud.steps() == ["create", "scp", "install"]
@@ -148,7 +156,7 @@ def test_after_a_preemption_the_same_command_starts_on_another_slice(
 ) -> None:
     # ACTIVE twice: when the slice is had, and at the first look at the run. Then it is lost.
     states = ["ACTIVE", "ACTIVE", lost, "SUSPENDED", "", "CREATING", "ACTIVE"]
-    cloud.play(states, services=("inactive", "active", "inactive", "inactive"))
+    cloud.play(states, services=("none", "active", "none", "exit 0"))
     done = cloud.run("train", CONFIG, *RUN_DIR)
     assert done.returncode == 0, done.stderr
     assert cloud.steps() == ["scp", "install", "delete", "create", "scp", "install"]
@@ -157,7 +165,7 @@ def test_after_a_preemption_the_same_command_starts_on_another_slice(
 
 
 def test_a_command_given_again_joins_a_run_that_is_under_way(cloud: Cloud) -> None:
-    cloud.play(services=("active", "active", "inactive"))
+    cloud.play(services=("active", "active", "exit 0"))
     done = cloud.run("train", CONFIG, *RUN_DIR)
     assert done.returncode == 0, done.stderr
     assert cloud.steps() == []
@@ -165,11 +173,59 @@ def test_a_command_given_again_joins_a_run_that_is_under_way(cloud: Cloud) -> No
 
 
 def test_a_run_that_fails_is_reported_and_costs_nothing_with_delete(cloud: Cloud) -> None:
-    cloud.play(services=("inactive", "active", "failed"))
+    cloud.play(services=("none", "active", "limit 1"))
     done = cloud.run("train", CONFIG, *RUN_DIR, DELETE="1")
     assert done.returncode == 1
     assert "The run failed" in done.stderr
     assert cloud.steps() == ["scp", "install", "delete"]
+
+
+def test_a_run_goes_on_after_sigterm_at_another_host(cloud: Cloud) -> None:
+    # All processes end with 130; process 0 is started again, and waits for the other host's.
+    services = ("none", "active", f"exit {INTERRUPTED}", "exit SIGABRT", "active", "exit 0")
+    cloud.play(services=services)
+    done = cloud.run("train", CONFIG, *RUN_DIR, DELETE="1")
+    assert done.returncode == 0, done.stderr
+    assert cloud.left("services") == []
+    assert cloud.steps() == ["scp", "install", "delete"]
+    assert "stopped" not in done.stderr
+
+
+@pytest.mark.parametrize("end", [str(INTERRUPTED), "SIGTERM"])
+def test_a_run_goes_on_after_a_restart_of_its_first_host(cloud: Cloud, end: str) -> None:
+    down = (f"down {end}", f"down {end}", "error", "booted")
+    cloud.play(services=("none", "active", *down, "active", "exit 0"))
+    done = cloud.run("train", CONFIG, *RUN_DIR, DELETE="1")
+    assert done.returncode == 0, done.stderr
+    assert cloud.left("services") == []
+    assert cloud.steps() == ["scp", "install", "delete"]
+    assert done.stderr.count("Host 0 restarts, or the service was stopped there alone") == 1
+
+
+@pytest.mark.parametrize("end", [str(INTERRUPTED), "SIGTERM"])
+def test_a_run_that_was_stopped_on_request_has_ended(cloud: Cloud, end: str) -> None:
+    cloud.play(services=("none", "active", f"stop {end}"))
+    done = cloud.run("train", CONFIG, *RUN_DIR, DELETE="1")
+    assert done.returncode == INTERRUPTED, done.stderr
+    assert "The run was stopped; the same command goes on with it" in done.stderr
+    assert cloud.steps() == ["scp", "install", "delete"]
+
+
+def test_a_run_that_its_early_warning_ended_says_so(cloud: Cloud) -> None:
+    cloud.play(services=("none", "active", f"exit {STOPPED_EARLY}"))
+    done = cloud.run("train", CONFIG, *RUN_DIR)
+    assert done.returncode == STOPPED_EARLY, done.stderr
+    assert "Its early warning ended the run" in done.stderr
+    assert cloud.steps() == ["scp", "install"]
+
+
+@pytest.mark.parametrize(
+    "before", [f"stop {INTERRUPTED}", f"down {INTERRUPTED}", "exit 3", "exit 0"]
+)
+def test_what_does_not_run_is_installed_and_started(cloud: Cloud, before: str) -> None:
+    cloud.play(services=(before, "active", "exit 0"))
+    assert cloud.run("train", CONFIG, *RUN_DIR).returncode == 0
+    assert cloud.steps() == ["scp", "install"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +247,7 @@ def test_what_keeps_failing_ends_the_command(
 
 def test_calls_that_fail_now_and_then_do_not(cloud: Cloud) -> None:
     states = ("error", "ACTIVE", "error", "ACTIVE")
-    cloud.play(states, services=("inactive", "active", "inactive"), installs=("error", "done"))
+    cloud.play(states, services=("none", "none", "active", "exit 0"), installs=("error", "done"))
     assert cloud.run("train", CONFIG, *RUN_DIR).returncode == 0
 
 
@@ -257,10 +313,13 @@ def test_the_other_commands_are_one_call_each(cloud: Cloud) -> None:
     assert cloud.run("delete").returncode == 0
     assert cloud.steps() == ["stop", "delete"]
     assert "--worker=all" in cloud.find("ssh")
+    (stop,) = [a for a in cloud.find("ssh") if a.startswith("--command=")]
+    # Disabled first: follow() takes a host that was only stopped for one that restarts.
+    assert re.search(r"systemctl disable \S+; sudo systemctl stop ", stop)
 
 
 def test_an_interrupted_command_leaves_the_run_and_takes_its_log_along(cloud: Cloud) -> None:
-    cloud.play(services=("inactive", "active"))
+    cloud.play(services=("none", "active"))
     process = cloud.start("train", CONFIG, *RUN_DIR)
     assert process.stdout is not None
     assert process.stdout.readline() == "rl step 12  loss 0.5\n"

@@ -196,10 +196,11 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     Raises ValueError where the config contradicts the data, the tokenizer, the run directory, the
     devices or what another process of the job has.
     """
-    tokenizer = everywhere(lambda: _tokenizer(config))
-    # First: a kernel that these devices lack is refused before anything is written or asked for.
+    # First, since it sees to threads before JAX starts; and a kernel that these devices lack is
+    # refused before anything is written or asked for.
     layout = make_layout(config.learner.mesh)
     steps = learner_steps(config, layout)
+    tokenizer = everywhere(lambda: _tokenizer(config))
     from_first(lambda: _open_directory(config, stack))
     train = everywhere(lambda: load_prompts(config.task.data, tokenizer, "train"))
     heldout = everywhere(lambda: heldout_prompts(config, tokenizer))

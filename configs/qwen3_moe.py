@@ -67,8 +67,8 @@ def get_config() -> RunConfig:
         ),
         learner=LearnerConfig(
             mini_batches=2,
-            # For each share of the mesh: 128 rows at a time with --learner.mesh.fsdp 8. Fewer take less
-            # memory, and gather the parameters more often.
+            # For each share of the mesh: with --learner.mesh.fsdp 8, 128 rows at a time. Fewer take
+            # less memory and gather the parameters more often.
             micro_batch_rows=16,
             replay="r3",
             pack=True,

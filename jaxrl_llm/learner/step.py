@@ -75,8 +75,8 @@ class LearnerConfig:
     """How the learner turns a rollout batch into updates."""
 
     mini_batches: int = 1  # updates per rollout batch, the paper's N; 1 is on-policy
-    # Rows of a micro-batch for each share of the mesh (data x fsdp x expert), computed at once; it is
-    # what memory bounds. 0: all rows of the mini-batch at once.
+    # Rows of a micro-batch for each share of the mesh (data x fsdp x expert), computed at once: as
+    # many as memory allows. 0: all rows of the mini-batch at once.
     micro_batch_rows: int = 0
     replay: Replay = "none"  # routing replay: r2 the learner's old routes, r3 the sampler's
     route_fallback: RouteFallback = "error"  # r3, a token without routes: refused, or routed live

@@ -306,7 +306,7 @@ def test_every_kind_of_update_runs_and_resumes(finished, tmp_path, name: str) ->
     "settings",
     [
         {"pack": True, "row_length": 64},
-        {"pack": True, "row_length": 64, "micro_batch_rows": 1},
+        {"pack": True, "row_length": 64, "micro_batch_rows": 2},
         {"micro_batch_rows": 4},
         {"mesh": MeshConfig(data=2, fsdp=2, expert=2)},
         {"mesh": MeshConfig(tensor=2, expert=2), "compute": ComputeConfig(remat="block")},

@@ -6,7 +6,7 @@
                for the servers
     expect     README, "Will it fit?": a third of the memory stays free
 
-On 64 chips (v5p-128, topology v5p:4x4x4) add --learner.mesh.data 4 --learner.micro-batches 16.
+On 64 chips (v5p-128, topology v5p:4x4x4) add --learner.mesh.data 4.
 
 Read from the environment:
 
@@ -17,7 +17,7 @@ Read from the environment:
 The batch is the paper's (arXiv 2512.01374, section 4): mini-batches of 1,024 responses, 64 prompts
 x 16 samples, two for each rollout batch, sequences of up to 32,768 tokens; the loss is MiniRL and
 the routes are replayed (R3). At worst every sequence is that long: 1,024 rows, of which each device
-takes one at a time.
+takes one at a time. Shorter ones are packed into fewer rows, which take fewer micro-batches.
 """
 
 import os
@@ -86,7 +86,7 @@ def get_config() -> RunConfig:
         ),
         learner=LearnerConfig(
             mini_batches=2,
-            micro_batches=32,  # 32 rows at a time, one for each device
+            micro_batch_rows=1,  # one for each device, 32 at a time
             replay="r3",
             pack=True,
             row_length=LENGTH,

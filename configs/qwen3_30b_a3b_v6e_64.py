@@ -30,7 +30,7 @@ def get_config() -> RunConfig:
         run_dir="runs/qwen3-30b-a3b-v6e-{seed}",
         learner=dataclasses.replace(
             base.learner,
-            micro_batches=32,  # 32 rows at a time, one for two devices
+            micro_batch_rows=1,  # one for two devices, 32 at a time
             compute=dataclasses.replace(base.learner.compute, remat="block", logprob_chunk=1024),
             mesh=MeshConfig(
                 data=8,

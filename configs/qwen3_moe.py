@@ -67,7 +67,9 @@ def get_config() -> RunConfig:
         ),
         learner=LearnerConfig(
             mini_batches=2,
-            micro_batches=8,
+            # For each share of the mesh: with --learner.mesh.fsdp 8, 128 rows at a time. Fewer take
+            # less memory and gather the parameters more often.
+            micro_batch_rows=16,
             replay="r3",
             pack=True,
             optimizer=OptimizerConfig(learning_rate=1e-6),

@@ -78,7 +78,7 @@ def get_config() -> RunConfig:
         ),
         learner=LearnerConfig(
             mini_batches=2,
-            micro_batches=32,  # eight rows at a time, one for each device
+            micro_batch_rows=1,  # one for each device, eight at a time
             replay="r3",
             pack=True,
             row_length=LENGTH,

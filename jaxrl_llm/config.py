@@ -159,7 +159,7 @@ class RunConfig:
         return -(-wanted // self.learner.mesh.context) * self.learner.mesh.context
 
     def rows(self, needed: int) -> int:
-        """`needed` rows and those of padding that let them divide into micro-batches on devices."""
+        """`needed` rows and those of padding that fill the last micro-batch on all devices."""
         multiple = self.learner.row_multiple
         return -(-needed // multiple) * multiple
 

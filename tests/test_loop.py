@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import assembly, loop
-from jaxrl_llm.config import RunConfig
+from jaxrl_llm.config import RunConfig, load_config
 from jaxrl_llm.data.prompts import DataConfig, load_prompts, prompt_indices
 from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.learner.checkpoint import CheckpointError
@@ -30,6 +30,8 @@ from jaxrl_llm.runlog import StepRecord
 from jaxrl_llm.sharding import MeshConfig
 from jaxrl_llm.types import Rollout, RouteError, without_routes
 from tests.tiny import COLD_STEPS, RL_STEPS, tiny_config, vary
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def run(config: RunConfig, *, stop_after: int | None = None) -> list[StepRecord]:
@@ -304,11 +306,18 @@ def test_every_kind_of_update_runs_and_resumes(finished, tmp_path, name: str) ->
     "settings",
     [
         {"pack": True, "row_length": 64},
-        {"micro_batches": 2},
+        {"pack": True, "row_length": 64, "micro_batch_rows": 2},
+        {"micro_batch_rows": 4},
         {"mesh": MeshConfig(data=2, fsdp=2, expert=2)},
         {"mesh": MeshConfig(tensor=2, expert=2), "compute": ComputeConfig(remat="block")},
     ],
-    ids=["packing", "micro-batches", "data-fsdp-expert", "expert-tensor-remat"],
+    ids=[
+        "packing",
+        "packing-micro-batches",
+        "micro-batches",
+        "data-fsdp-expert",
+        "expert-tensor-remat",
+    ],
 )
 def test_layout_changes_nothing(finished, tmp_path, settings: dict) -> None:
     """Packing, micro-batches and sharding give the same run, to rounding, while it is not chaotic.
@@ -327,6 +336,31 @@ def test_layout_changes_nothing(finished, tmp_path, settings: dict) -> None:
             np.testing.assert_allclose(
                 right.metrics[metric], value, rtol=2e-3, atol=2e-4, err_msg=metric
             )
+
+
+def test_packing_saves_micro_batches() -> None:
+    """In a pod's config: rows are rounded up to eighths of the responses, and to the mesh."""
+    config = load_config(CONFIGS / "qwen3_30b_a3b_v5p_64.py")
+
+    def rows(config: RunConfig, lengths: Sequence[int]) -> int:
+        """Of two mini-batches, the other one of the shortest responses."""
+        parts = [[response(length) for length in each] for each in ([1] * len(lengths), lengths)]
+        return loop._rows(types.SimpleNamespace(config=config), parts)
+
+    # A row of 32,768 positions holds four responses of 8,000, or one of 20,000.
+    assert rows(config, [32_768] * 1024) == 1024
+    assert rows(config, [20_000] * 1024) == 1024
+    assert rows(config, [8_000] * 1024) == 256
+    assert rows(config, [8_000] * 1012 + [20_000] * 12) == 384  # of 262 that it needs
+    assert rows(config, [10] * 1024) == 128
+    assert [config.learner.micro_batches(rows) for rows in (1024, 256)] == [32, 8]
+    assert rows(vary(config, "learner", pack=False), [8_000] * 1024) == 1024
+    few = vary(config, "rollout", groups=4, samples=2)
+    assert rows(few, [10] * 4) == 32, "a row for each device"
+
+
+def response(positions: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(tokens=np.zeros(positions + 1, np.int8))
 
 
 class Faulty:

@@ -70,7 +70,7 @@ def small(config: RunConfig, directory: Path) -> RunConfig:
         max_new_tokens=8,
         sglang=dataclasses.replace(config.rollout.sglang, max_length=MAX_LENGTH),
     )
-    config = vary(config, "learner", micro_batches=2)
+    config = vary(config, "learner", micro_batch_rows=2)
     return vary(config, "evaluation", samples=1, pass_k=1, resamples=100)
 
 

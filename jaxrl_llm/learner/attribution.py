@@ -56,7 +56,7 @@ def make_attribution(
 
     Args:
       model: of the policy.
-      learner: its compute settings and micro_batches are read.
+      learner: its mesh, compute settings and micro_batch_rows are read.
       layout: how rows and positions are split.
       temperature: of sampling.
       rows: how many rows to score, spread evenly over the mini-batch, rounded up to what divides
@@ -77,7 +77,7 @@ def make_attribution(
 
     def before(params: Params, batch: TrainBatch) -> OldPasses:
         whole = batch.inputs.shape[0]
-        wanted = -(-rows // devices) * devices if rows else whole // learner.micro_batches
+        wanted = -(-rows // devices) * devices if rows else whole // learner.micro_batches(whole)
         spread = partitioned(partial(_spread_rows, rows=min(wanted, whole)), by_rows)
         return _old_passes(policy, params, spread(batch))
 

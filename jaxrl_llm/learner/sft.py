@@ -35,7 +35,7 @@ def make_sft_step(
 
     Args:
       model: the architecture.
-      learner: micro_batches and compute are read.
+      learner: mesh, micro_batch_rows and compute are read.
       loss: the router coefficients are read.
       optimizer: of the cold start.
       layout: the mesh, and what it splits.

@@ -75,7 +75,9 @@ class LearnerConfig:
     """How the learner turns a rollout batch into updates."""
 
     mini_batches: int = 1  # updates per rollout batch, the paper's N; 1 is on-policy
-    micro_batches: int = 1  # parts of a mini-batch computed one after another, to save memory
+    # Rows of a micro-batch for each share of the mesh (data x fsdp x expert), computed at once: as
+    # many as memory allows. 0: all rows of the mini-batch at once.
+    micro_batch_rows: int = 0
     replay: Replay = "none"  # routing replay: r2 the learner's old routes, r3 the sampler's
     route_fallback: RouteFallback = "error"  # r3, a token without routes: refused, or routed live
     replay_gates: bool = False  # pi_old's gate values too; no policy gradient to the router
@@ -90,9 +92,11 @@ class LearnerConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)  # devices along each axis
 
     def __post_init__(self) -> None:
-        for name in ("mini_batches", "micro_batches"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"learner.{name} is {vars(self)[name]}; it must be at least 1")
+        for name, least in (("mini_batches", 1), ("micro_batch_rows", 0)):
+            if vars(self)[name] < least:
+                raise ValueError(
+                    f"learner.{name} is {vars(self)[name]}; it must be at least {least}"
+                )
         if self.replay == "r2" and self.old_logprobs == "none":
             raise ValueError(
                 "learner.replay r2 replays the routes of the scoring pass, and "
@@ -114,7 +118,20 @@ class LearnerConfig:
     @property
     def row_multiple(self) -> int:
         """The rows of a mini-batch must be a multiple of this; pad with empty rows."""
-        return self.micro_batches * self.mesh.rows
+        return max(self.micro_batch_rows, 1) * self.mesh.rows
+
+    def micro_batches(self, rows: int) -> int:
+        """Parts of a mini-batch of so many rows, computed one after another to save memory.
+
+        Raises ValueError for rows that are no multiple of row_multiple.
+        """
+        if rows % self.row_multiple:
+            raise ValueError(
+                f"the mini-batch has {rows} rows, no multiple of {self.row_multiple}, the "
+                "micro_batch_rows x data x fsdp x expert of the settings; pad it with empty rows "
+                "or change one of these"
+            )
+        return rows // self.row_multiple if self.micro_batch_rows else 1
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +212,8 @@ def make_score_step(
         return ScoreOutput(logprobs, entropy, used, gates, metrics)
 
     def score(params: Params, batch: TrainBatch) -> ScoreOutput:
-        parts = jax.lax.map(partial(part, params), split_rows(batch, learner.micro_batches))
+        micro_batches = learner.micro_batches(batch.inputs.shape[0])
+        parts = jax.lax.map(partial(part, params), split_rows(batch, micro_batches))
         metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts.metrics)
         whole = jax.tree.map(join_rows, dataclasses.replace(parts, metrics={}))
         return dataclasses.replace(whole, metrics=metrics)
@@ -318,9 +336,10 @@ def make_gradient(
     def gradient(params: Params, batch: TrainBatch) -> tuple[Params, LossOutput]:
         _check(batch, learner)
         weights = weigh(batch.loss_mask, batch.segment_ids)
-        parts = split_rows(_Part(batch, *weights), learner.micro_batches)
+        micro_batches = learner.micro_batches(batch.inputs.shape[0])
+        parts = split_rows(_Part(batch, *weights), micro_batches)
         whole_load = None
-        if loss.router_balance_coefficient and learner.micro_batches > 1:
+        if loss.router_balance_coefficient and micro_batches > 1:
             # The balance loss is no sum over tokens; with the load of all of them it becomes one.
             loads = jax.lax.map(partial(load, params), parts)
             whole_load = jnp.sum(loads, axis=0)
@@ -364,12 +383,6 @@ def _losses(
 
 
 def _check(batch: TrainBatch, learner: LearnerConfig) -> None:
-    rows, multiple = batch.inputs.shape[0], learner.row_multiple
-    if rows % multiple:
-        raise ValueError(
-            f"the mini-batch has {rows} rows, no multiple of {multiple}, the micro_batches x data "
-            "x fsdp of the settings; pad it with empty rows or change one of these"
-        )
     if learner.old_logprobs == "score" and batch.old_logprobs is None:
         raise ValueError(
             "the batch has no old_logprobs, and learner.old_logprobs is score; give it what "

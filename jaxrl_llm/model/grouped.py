@@ -126,7 +126,7 @@ def sorted_assignments(experts: Array, num_experts: int) -> tuple[Array, Array]:
     if num_experts * count >= 2**31:
         raise ValueError(
             f"{count} assignments to {num_experts} experts overflow a 32-bit sort key; "
-            "use more micro-batches"
+            "use smaller micro-batches, learner.micro_batch_rows"
         )
     # One integer holds expert and assignment: stable, faster to sort than a pair, and typed in a
     # shard_map as what it is made of, where argsort's result is not.

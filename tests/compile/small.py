@@ -37,18 +37,18 @@ def get_config() -> RunConfig:
         ),
         learner=LearnerConfig(
             replay="r3",
-            micro_batches=2,
+            micro_batch_rows=2,
             compute=ComputeConfig(dispatch="dense", logprob_chunk=64),
             mesh=MeshConfig(fsdp=4),
         ),
     )
 
 
-def on_mesh(mesh: MeshConfig, compute: ComputeConfig, micro_batches: int) -> RunConfig:
+def on_mesh(mesh: MeshConfig, compute: ComputeConfig, micro_batch_rows: int) -> RunConfig:
     """The same with another mesh, computed otherwise."""
     config = get_config()
     learner = dataclasses.replace(
-        config.learner, mesh=mesh, compute=compute, micro_batches=micro_batches
+        config.learner, mesh=mesh, compute=compute, micro_batch_rows=micro_batch_rows
     )
     return dataclasses.replace(config, learner=learner)
 

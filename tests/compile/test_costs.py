@@ -72,10 +72,10 @@ def test_of_a_branch_the_dearer_one_counts() -> None:
     assert compiled_cost(either, jnp.eye(16), jnp.bool_(True)).flops == 2 * 2 * 16**3
 
 
-@pytest.mark.parametrize(("remat", "micro_batches"), [("none", 1), ("block", 2)])
-def test_the_steps_cost_what_a_hand_count_says(remat: str, micro_batches: int) -> None:
+@pytest.mark.parametrize(("remat", "micro_batch_rows"), [("none", 0), ("block", 8)])
+def test_the_steps_cost_what_a_hand_count_says(remat: str, micro_batch_rows: int) -> None:
     compute = ComputeConfig(dispatch="dense", remat=remat, logprob_chunk=64)  # type: ignore[arg-type]
-    config = on_mesh(MeshConfig(), compute, micro_batches)
+    config = on_mesh(MeshConfig(), compute, micro_batch_rows)
     mesh, tokens = make_layout(config.learner.mesh), ROWS * LENGTH
     train, score = make_programs(config, mesh, ("train", "score"))
     cost = compiled_cost(score.step, *score.arguments)

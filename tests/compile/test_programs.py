@@ -55,12 +55,16 @@ def one_step(run_dir: Path) -> RunConfig:
     """One RL step from random weights."""
     config = dataclasses.replace(tiny_config(run_dir), steps=1, cold_start=ColdStartConfig())
     config = vary(config, "evaluation", every=0)
-    return vary(config, "learner", mesh=MeshConfig(data=2), micro_batches=3)
+    return vary(config, "learner", mesh=MeshConfig(data=2), micro_batch_rows=3)
 
 
 def with_penalty(config: RunConfig) -> RunConfig:
     kl = dataclasses.replace(config.loss.kl, coefficient=0.1)
     return vary(vary(config, "loss", kl=kl), "learner", replay_gates=True, row_length=40)
+
+
+def packed(config: RunConfig) -> RunConfig:
+    return vary(config, "learner", pack=True, row_length=64, micro_batch_rows=1)
 
 
 def without_score(config: RunConfig) -> RunConfig:
@@ -71,10 +75,17 @@ def replaying_its_own(config: RunConfig) -> RunConfig:
     return vary(config, "learner", replay="r2")
 
 
-@pytest.mark.parametrize("change", [with_penalty, without_score, replaying_its_own])
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [(with_penalty, 0), (without_score, 0), (replaying_its_own, 0), (packed, 4)],
+)
 def test_the_programs_take_what_the_loop_gives_its_steps(
-    change: Callable[[RunConfig], RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[RunConfig], RunConfig],
+    rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of the rows of --rows: packed, the loop needs fewer than the eight responses."""
     config = change(one_step(tmp_path / "run"))
     steps = assembly.learner_steps
     trained: list[Any] = []
@@ -90,7 +101,8 @@ def test_the_programs_take_what_the_loop_gives_its_steps(
     with pytest.raises(Trained):
         list(loop.run(config))
     monkeypatch.undo()
-    programs = make_programs(config, make_layout(config.learner.mesh), ("train", "score"))
+    layout = make_layout(config.learner.mesh)
+    programs = make_programs(config, layout, ("train", "score"), rows=rows)
     found = {program.name: described(program.arguments) for program in programs}
     assert [found["train"]] == trained
     if config.learner.old_logprobs == "none":
@@ -117,7 +129,7 @@ def test_rows_can_be_given_and_are_rounded_up_to_the_mesh(tmp_path: Path) -> Non
     config = one_step(tmp_path)
     mesh = make_layout(config.learner.mesh)
     (score,) = make_programs(config, mesh, ("score",), rows=7)
-    assert score.rows == 12  # 3 micro-batches on 2 devices
+    assert score.rows == 12  # 3 at once for each of 2 devices
     assert score.arguments[1].routes.shape == (12, 27, 2, 2)
     with pytest.raises(ValueError, match="--rows is -1"):
         make_programs(config, mesh, ("score",), rows=-1)

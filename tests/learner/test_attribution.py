@@ -166,14 +166,20 @@ def test_tokens_without_routes_are_left_out_and_counted(attribution, sampled) ->
 
 @pytest.mark.parametrize(
     ("mesh", "rows", "expected"),
-    [({}, 3, 3), ({}, 0, 8), ({"data": 2, "expert": 2}, 3, 4), ({}, 99, ROWS)],
+    [
+        ({}, 3, 3),
+        ({}, 0, 2),
+        ({"data": 2, "expert": 2}, 3, 4),
+        ({"data": 2, "expert": 2}, 0, 8),
+        ({}, 99, ROWS),
+    ],
 )
 def test_which_rows_are_scored(mesh: dict[str, int], rows: int, expected: int) -> None:
     config = MeshConfig(**mesh)
     layout = make_layout(config)
     steps = make_attribution(
         MODEL,
-        LearnerConfig(micro_batches=2, mesh=config),
+        LearnerConfig(micro_batch_rows=2, mesh=config),
         layout,
         temperature=TEMPERATURE,
         rows=rows,

@@ -195,7 +195,7 @@ def test_every_dispatch_agrees(whole, dispatch: Dispatch) -> None:
 def test_micro_batches_and_eight_devices_change_nothing(whole, mesh: MeshConfig) -> None:
     """Scoring and update; the router of tokens with routes rests there too."""
     batch, grads, metrics = whole
-    learner = dataclasses.replace(GATED, micro_batches=2, mesh=mesh)
+    learner = dataclasses.replace(GATED, micro_batch_rows=8 // mesh.rows, mesh=mesh)
     devices = make_layout(mesh)
     shardings = shardings_of(abstract_state(MODEL, TRANSPARENT, devices))
     score = make_score_step(MODEL, learner, devices, temperature=TEMPERATURE)

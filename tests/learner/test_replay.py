@@ -251,7 +251,7 @@ def test_prepare_hands_over_what_each_replay_needs() -> None:
             "learner.old_logprobs is none; set .* old_logprobs to score",
         ),
         ({"mini_batches": 0}, "mini_batches is 0"),
-        ({"micro_batches": 0}, "micro_batches is 0"),
+        ({"micro_batch_rows": -1}, "micro_batch_rows is -1"),
     ],
 )
 def test_contradictions_are_refused(settings: dict, message: str) -> None:
@@ -280,4 +280,4 @@ def test_batches_that_lack_something_are_refused() -> None:
     with pytest.raises(ValueError, match="replay_gates is set but the batch has no gates"):
         trace(gated, ready)
     with pytest.raises(ValueError, match="16 rows, no multiple of 3"):
-        trace(dataclasses.replace(learner("none"), micro_batches=3), ready)
+        trace(dataclasses.replace(learner("none"), micro_batch_rows=3), ready)

@@ -33,7 +33,7 @@ def test_the_loss_is_the_mean_cross_entropy_and_falls() -> None:
         routes=make_routes(np.random.default_rng(0)),
     )
     optimizer = make_optimizer(OptimizerConfig(learning_rate=0.03), 1)
-    learner = LearnerConfig(mini_batches=4, micro_batches=2, replay="r2")
+    learner = LearnerConfig(mini_batches=4, micro_batch_rows=8, replay="r2")
     loss = LossConfig(
         kl=KLConfig(coefficient=1.0), entropy_coefficient=1.0, averaging="response_sum"
     )

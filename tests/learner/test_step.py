@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,20 @@ LOSS = LossConfig(
     router_balance_coefficient=0.05,
 )
 LEARNER = LearnerConfig(
-    mini_batches=2, micro_batches=2, replay="r3", compute=ComputeConfig(logprob_chunk=3)
+    mini_batches=2, micro_batch_rows=8, replay="r3", compute=ComputeConfig(logprob_chunk=3)
 )
+"""Two micro-batches of the 16 rows, on one device."""
 # beta1 = 0 leaves the gradient itself in the first moment, to be compared leaf by leaf; a large eps
 # keeps the update proportional to it, where AdamW would turn rounding errors into signs.
 TRANSPARENT = make_optimizer(
     OptimizerConfig(learning_rate=0.5, beta1=0.0, eps=1.0, clip_norm=float("inf")), 1
 )
+
+
+def in_two(config: MeshConfig) -> LearnerConfig:
+    """LEARNER on this mesh, in as many micro-batches."""
+    rows = LEARNER.micro_batch_rows // config.rows
+    return dataclasses.replace(LEARNER, mesh=config, micro_batch_rows=rows)
 
 
 def make_state(model: ModelConfig, optimizer: Optimizer, layout: Layout) -> TrainState:
@@ -141,7 +149,7 @@ def plain(batch: TrainBatch):
 def test_one_micro_batch_is_the_batch(batch: TrainBatch, plain) -> None:
     """On four devices, with the gradient split as the parameters are."""
     config = MeshConfig(fsdp=2, tensor=2)
-    learner = dataclasses.replace(LEARNER, micro_batches=1, mesh=config)
+    learner = dataclasses.replace(LEARNER, micro_batch_rows=0, mesh=config)
     layout = make_layout(config)
     step = jax.jit(make_gradient(MIXED, learner, LOSS, layout, temperature=1.0))
     params = make_state(MIXED, TRANSPARENT, layout).params
@@ -169,7 +177,7 @@ def update_on(
     compute: ComputeConfig = LEARNER.compute,
 ) -> tuple[TrainState, dict[str, float]]:
     layout = make_layout(config)
-    learner = dataclasses.replace(LEARNER, mesh=config, compute=compute)
+    learner = dataclasses.replace(in_two(config), compute=compute)
     train = make_train_step(model, learner, LOSS, TRANSPARENT, layout, temperature=1.0)
     state, metrics = train(
         make_state(model, TRANSPARENT, layout), jax.device_put(batch, batch_sharding(layout))
@@ -186,6 +194,59 @@ def test_micro_batches_add_up_to_the_batch(alone, plain) -> None:
     assert metrics["learner/loss"] == pytest.approx(loss, rel=1e-5)
     assert metrics["learner/grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_micro_batches_have_so_many_rows_for_each_share_of_the_mesh() -> None:
+    mesh = MeshConfig(data=2, fsdp=3, expert=2, context=2, tensor=2)
+    learner = LearnerConfig(micro_batch_rows=4, mesh=mesh)
+    assert learner.row_multiple == 4 * 12
+    assert [learner.micro_batches(rows) for rows in (48, 96, 480)] == [1, 2, 10]
+    whole = LearnerConfig(mesh=mesh)
+    assert whole.row_multiple == 12
+    assert [whole.micro_batches(rows) for rows in (12, 480)] == [1, 1]
+    for one, rows in ((learner, 60), (whole, 18)):
+        with pytest.raises(ValueError, match=rf"{rows} rows, no multiple of {one.row_multiple}, "):
+            one.micro_batches(rows)
+
+
+@pytest.fixture(scope="module")
+def half_at_once(batch: TrainBatch):
+    """Half of the batch's rows, those of padding among them, and its gradient and loss."""
+    half = jax.tree.map(lambda leaf: leaf[8:], batch)
+    learner = dataclasses.replace(LEARNER, micro_batch_rows=0)
+    step = jax.jit(make_gradient(MIXED, learner, LOSS, one_device(), temperature=1.0))
+    return half, *step(make_params(MIXED), half)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(data=2)], ids=["one", "data2"])
+def test_a_shorter_mini_batch_takes_fewer_micro_batches(
+    config: MeshConfig, batch: TrainBatch, half_at_once
+) -> None:
+    """Its loss and gradient are those of all its rows at once, the balance loss included."""
+    learner = dataclasses.replace(LEARNER, mesh=config, micro_batch_rows=2)
+    layout = make_layout(config)
+    params = make_state(MIXED, TRANSPARENT, layout).params
+    gradient = make_gradient(MIXED, learner, LOSS, layout, temperature=1.0)
+    score = make_score_step(MIXED, learner, layout, temperature=1.0)
+    half, expected, output = half_at_once
+    whole, half = (jax.device_put(each, batch_sharding(layout)) for each in (batch, half))
+    # The loads of the experts are summed first, then the gradients.
+    assert loops(gradient, params, whole) == [8 // config.rows] * 2
+    assert loops(gradient, params, half) == [4 // config.rows] * 2
+    assert loops(score, params, half) == [4 // config.rows]
+    grads, found = jax.jit(gradient)(params, half)
+    assert_close(grads, expected)
+    assert float(found.loss) == pytest.approx(float(output.loss), rel=1e-5)
+    np.testing.assert_allclose(found.logprobs, output.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def loops(step: Callable[..., object], params: Params, batch: TrainBatch) -> list[int]:
+    """How often each outermost loop of a step runs: once for a micro-batch."""
+    equations = jax.make_jaxpr(step)(params, batch).eqns
+    while [equation.primitive.name for equation in equations] == ["jit"]:
+        equations = equations[0].params["jaxpr"].eqns
+    scans = [equation for equation in equations if equation.primitive.name == "scan"]
+    return [equation.params["length"] for equation in scans]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +321,7 @@ def test_eight_devices_score_as_one_does(batch: TrainBatch) -> None:
     for config in (MeshConfig(), MeshConfig(expert=2, context=2, tensor=2)):
         layout = make_layout(config)
         params = make_state(MIXED, TRANSPARENT, layout).params
-        score = make_score_step(MIXED, LEARNER, layout, temperature=0.7)
+        score = make_score_step(MIXED, in_two(config), layout, temperature=0.7)
         outputs.append(score(params, jax.device_put(batch, batch_sharding(layout))))
     one, eight = outputs
     np.testing.assert_allclose(eight.logprobs, one.logprobs, rtol=1e-5, atol=1e-5)

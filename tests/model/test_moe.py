@@ -302,5 +302,5 @@ def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, block: int) 
 
 def test_more_assignments_than_a_sort_key_can_hold_are_refused() -> None:
     shape = jax.ShapeDtypeStruct((2**24, 16), jnp.int32)
-    with pytest.raises(ValueError, match="more micro-batches"):
+    with pytest.raises(ValueError, match="smaller micro-batches"):
         jax.eval_shape(partial(grouped.sort_by_expert, num_experts=8, block=8), shape)

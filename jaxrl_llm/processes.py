@@ -68,10 +68,6 @@ def join(devices: int) -> None:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=LEAVING_SECONDS,
     )
-    if jax.default_backend() == "cpu":
-        # A program that XLA's CPU compiler reads back has lost the order of its collectives, and
-        # between processes two that run at the same time wait for each other for ever.
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def first() -> bool:

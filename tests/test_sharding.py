@@ -1,5 +1,10 @@
 """The mesh and the rules from dimension names to mesh axes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +24,8 @@ from jaxrl_llm.sharding import (
     replicated,
 )
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_all_axes_exist_and_default_to_one_device() -> None:
     mesh = make_layout(MeshConfig()).mesh
@@ -31,6 +38,33 @@ def test_a_mesh_takes_the_devices_it_is_given() -> None:
     devices = jax.devices()[4:8]
     layout = make_layout(MeshConfig(expert=2, tensor=2), devices)
     assert list(layout.mesh.devices.flat) == devices
+
+
+CACHED = """
+import sys
+from pathlib import Path
+import tests.conftest  # eight devices
+import jax
+from jaxrl_llm.sharding import MeshConfig, make_layout
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+for factor, devices in enumerate((1, 1, 2, 1)):
+    make_layout(MeshConfig(fsdp=devices))
+    jax.jit(lambda x: x * factor)(1.0)
+    print(len(list(Path(sys.argv[1]).glob("*-cache"))))
+"""
+
+
+def test_programs_of_several_cpu_devices_are_in_no_cache(tmp_path: Path) -> None:
+    """Read back they can wait for ever; and a step of a layout may be compiled at any time."""
+    command = [sys.executable, "-c", CACHED, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    first, second, *later = map(int, ended.stdout.split())
+    assert 0 < first < second
+    assert later == [second, second]
 
 
 def test_a_mesh_larger_than_the_machine_is_refused() -> None:

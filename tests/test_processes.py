@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,6 +155,11 @@ def test_a_stop_a_loss_and_another_mesh_change_nothing(alone: Path, tmp_path: Pa
     assert_same_run(tmp_path, alone)
 
 
+def told(body: dict[str, Any]) -> str:
+    """A request without the names that every sending of it has anew."""
+    return json.dumps({k: v for k, v in body.items() if k not in ("rid", "extra_key")})
+
+
 def test_the_first_process_alone_serves_weights_of_all(tmp_path: Path) -> None:
     """On a server: weights gathered piece by piece, and the probe scored, by both processes.
 
@@ -178,9 +184,8 @@ def test_the_first_process_alone_serves_weights_of_all(tmp_path: Path) -> None:
                 assert checkpoints(folder / "run")[-1] == records(folder)[-1]["step"]
             started = start(command, folder, together=folder.name == "two")
             assert set(statuses(started)) == {0}, output(folder)
-            asked.append(Counter(json.dumps(body) for body in sampling_bodies(server)))
+            asked.append(Counter(map(told, sampling_bodies(server))))
     assert asked[0] == asked[1]
-    assert set(asked[0].values()) == {1}
     assert_same_run(folders[1], folders[0])
 
 

@@ -221,19 +221,15 @@ def test_an_import_reads_every_number_once(
     assert sum(sizes) == parameter_count(TINY)
 
 
-def test_an_export_fetches_a_layer_of_a_parameter_at_a_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_export_fetches_a_layer_of_a_parameter_at_a_time() -> None:
     fetched: list[tuple[int, ...]] = []
-    fetch = hf._fetch
 
-    def recording(*args: Any, **options: Any) -> jax.Array:
-        result = fetch(*args, **options)
+    def recording(params: Params, piece: hf.Piece) -> jax.Array:
+        result = hf.fetch(params, piece)
         fetched.append(result.shape)
         return result
 
-    monkeypatch.setattr(hf, "_fetch", recording)
-    stream = hf.tensors(make_params(TINY), TINY, "float32")
+    stream = hf.tensors(make_params(TINY), TINY, "float32", recording)
     assert fetched == []
     next(stream)
     assert fetched == [(16, 16)]

@@ -22,7 +22,6 @@ import numpy as np
 
 from jaxrl_llm.arrays import TrainBatch
 from jaxrl_llm.checks import (
-    CHECKPOINTS,
     check_directory,
     check_length,
     check_log,
@@ -37,11 +36,11 @@ from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxrl_llm.engines import Joint, make_engine, make_joint, make_journal
 from jaxrl_llm.learner.attribution import Attribution, make_attribution
 from jaxrl_llm.learner.checkpoint import (
+    CHECKPOINTS,
     Checkpoint,
     CheckpointConfig,
     CheckpointError,
     Checkpoints,
-    newest_step,
     restore,
 )
 from jaxrl_llm.learner.publish import MANIFEST, PublishError, verify
@@ -141,6 +140,13 @@ class Job:
     def log(self) -> RunWriter:
         """The first process's."""
         return self._outside.log
+
+    def saved_steps(self) -> tuple[int, ...]:
+        """Those of the checkpoints, ascending, in all processes: as the first one sees them.
+
+        A host may see an older state of a shared file system than another.
+        """
+        return from_first(lambda: self.checkpoints.steps)
 
     def forget(self, version: int) -> None:
         """Drop rollouts of versions before this one from the first process's journal."""
@@ -314,9 +320,8 @@ def resume(job: Job) -> Progress:
     config = job.config
     folder = config.directory / CHECKPOINTS
     abstract = abstract_state(config.model, job.optimizer, job.layout)
-    newest = newest_step(folder)
-    newest = from_first(lambda: newest)  # another host may see an older state of the file system
-    checkpoint = None if newest is None else restore(folder, abstract, newest)
+    saved = job.saved_steps()
+    checkpoint = restore(folder, abstract, saved[-1]) if saved else None
     if checkpoint is None:
         from_first(lambda: _resume_log(job, None))
         return _begin(job)
@@ -424,10 +429,10 @@ def save(job: Job, progress: Progress) -> None:
         "watch": progress.watch.to_json(),
         "dataset": dataset_digest(job.config.task.data),
     }
-    durable = job.checkpoints.steps
+    durable = job.saved_steps()
     job.checkpoints.save(progress.step, progress.state, host)
-    # A run that is killed before this checkpoint is on disk goes on from the one before.
     if durable:
+        # A run that is killed before this checkpoint is on disk goes on from the one before.
         version = durable[-1] - job.config.cold_start.steps
         from_first(lambda: job.forget(version - job.config.rollout.buffer.max_staleness))
 

@@ -15,14 +15,12 @@ import jax
 
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
 from jaxrl_llm.data.prompts import dataset_digest
+from jaxrl_llm.learner.checkpoint import CHECKPOINTS
 from jaxrl_llm.lock import LOCK
 from jaxrl_llm.model.hf_config import read_model_config
 from jaxrl_llm.processes import anywhere, from_first
 from jaxrl_llm.runlog import RunReader
 from jaxrl_llm.types import Prompt
-
-CHECKPOINTS = "checkpoints"
-"""Folder of a run directory."""
 
 
 def check_processes(config: RunConfig, heldout: Sequence[Prompt]) -> None:

@@ -52,9 +52,9 @@ class Stopped(Exception):
 def run(config: RunConfig, stop: Callable[[], bool] = lambda: False) -> Generator[StepRecord]:
     """Run the experiment, or go on with the one in config.directory; yields every record.
 
-    Every process of a job runs this and gets the same metrics; rollouts, events and timings are
-    those of the first. A generator that is closed writes a last checkpoint, if its process is the
-    only one: a checkpoint is work of all of them.
+    Every process of a job runs this and gets records with the same metrics; rollouts are in those
+    of the first alone, and timings are each process's own. A generator that is closed writes a last
+    checkpoint, if its process is the only one: a checkpoint is work of all of them.
 
     Args:
       config: of the experiment, the same in all processes.

@@ -18,8 +18,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.assembly import Job, Progress
-from jaxrl_llm.checks import CHECKPOINTS
-from jaxrl_llm.learner.checkpoint import CheckpointError, restore
+from jaxrl_llm.learner.checkpoint import CHECKPOINTS, CheckpointError, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.learner.watch import observe
 from jaxrl_llm.processes import from_first
@@ -102,9 +101,10 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
     """Weights and optimizer of before `since`; step, prompts and log go on."""
     job.checkpoints.wait()
     discarded, first_bad = progress.watch.acted, min(since, progress.watch.condemned or since)
+    saved = job.saved_steps()
     good = [
         step
-        for step in job.checkpoints.steps
+        for step in saved
         if job.checkpoints.due(step)
         and job.config.cold_start.steps <= step < first_bad
         # The checkpoint of the step of a roll back holds the weights it went back to.
@@ -115,7 +115,7 @@ def _rolled_back(job: Job, progress: Progress, since: int) -> tuple[Progress, st
             progress,
             since,
             f"there is no checkpoint of RL from before step {first_bad} to roll back to, of "
-            f"{list(job.checkpoints.steps)}",
+            f"{list(saved)}",
         )
     # A second state would not fit beside a model that fills its devices.
     jax.tree.map(lambda leaf: leaf.delete(), progress.state)

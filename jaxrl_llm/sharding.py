@@ -271,20 +271,11 @@ def reserve_threads(devices: int) -> None:
         os.environ.setdefault("PJRT_NPROC", str(max(32 * devices, os.cpu_count() or 1)))
 
 
-def compile_anew() -> None:
-    """Take no programs from the compilation cache any more, as several CPU devices must not.
-
-    One that XLA reads back for CPUs has lost the order of its collectives. Devices that come to
-    them in different orders wait for each other for ever, in one process as in several.
-    """
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether it is used was settled by the first program
-
-
 def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The mesh of a config, with all of AXES, on `devices` or on the first of jax.devices().
 
     A job of several processes must use every device, or some of them would have no work and hang.
+    With several CPU devices this process uses JAX's compilation cache no more: see below.
     """
     shape = tuple(vars(config)[axis] for axis in AXES)
     wanted = config.devices
@@ -298,7 +289,10 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             "change the axes so that their product fits"
         )
     if wanted > 1 and available[0].platform == "cpu":
-        compile_anew()
+        # A program that XLA reads back for CPUs has lost the order of its collectives. Devices that
+        # come to them in different orders wait for each other for ever, in one process as well.
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is used was settled by the first program
     # jax.make_mesh would, on most TPUs, refuse axes that are no product of whole axes of the torus.
     grid = mesh_utils.create_device_mesh(
         (*shape, 1), available[:wanted], allow_split_physical_axes=True

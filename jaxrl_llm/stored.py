@@ -13,13 +13,12 @@ from pathlib import Path
 import jax
 
 from jaxrl_llm.assembly import ENDED, heldout_prompts
-from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import RunConfig, read_config
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import make_tokenizer
 from jaxrl_llm.engines import make_engine, make_joint
 from jaxrl_llm.evaluate import EvaluationResult, evaluate
-from jaxrl_llm.learner.checkpoint import Checkpoint, restore
+from jaxrl_llm.learner.checkpoint import CHECKPOINTS, Checkpoint, restore
 from jaxrl_llm.learner.state import abstract_state
 from jaxrl_llm.lock import locked
 from jaxrl_llm.sharding import Layout, MeshConfig, make_layout

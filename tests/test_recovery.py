@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import assembly, loop
-from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import RunConfig
 from jaxrl_llm.data.tokenizer import Tokenizer
-from jaxrl_llm.learner.checkpoint import CheckpointConfig, restore
+from jaxrl_llm.learner.checkpoint import CHECKPOINTS, CheckpointConfig, restore
 from jaxrl_llm.learner.state import abstract_state, make_optimizer
 from jaxrl_llm.learner.watch import EarlyStop, ThresholdConfig, WatchConfig
 from jaxrl_llm.losses.clipping import ClipConfig

@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_llm.checks import CHECKPOINTS
 from jaxrl_llm.config import ColdStartConfig, RolloutConfig, RunConfig, TaskConfig, to_json
 from jaxrl_llm.data.prompts import DataConfig
 from jaxrl_llm.data.rewards import Verdict, Verifier
 from jaxrl_llm.evaluate import EvaluationConfig
-from jaxrl_llm.learner.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_llm.learner.checkpoint import CHECKPOINTS, CheckpointConfig, Checkpoints
 from jaxrl_llm.learner.state import (
     OptimizerConfig,
     TrainState,

@@ -28,6 +28,9 @@ from jaxrl_llm.learner.state import TrainState
 
 FORMAT = "jaxrl_llm checkpoint 3"
 
+CHECKPOINTS = "checkpoints"
+"""Folder of a run directory."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names its path, the cause and a way on."""
@@ -141,15 +144,6 @@ class Checkpoints:
     def close(self) -> None:
         """wait(), and release what writing needed."""
         self._writer.close()
-
-
-def newest_step(directory: Path) -> int | None:
-    """The step of the newest whole checkpoint; None if there is none."""
-    directory = Path(directory).absolute()
-    if not directory.is_dir():
-        return None
-    with ocp.training.Checkpointer(directory, context=_context()) as reader:
-        return None if reader.latest is None else reader.latest.step
 
 
 def restore(directory: Path, abstract: TrainState, step: int | None = None) -> Checkpoint | None:

@@ -30,7 +30,7 @@ from jaxrl_llm.checks import (
     check_weights,
 )
 from jaxrl_llm.config import RunConfig, to_json
-from jaxrl_llm.data.prompts import PromptSource, dataset_digest, load_prompts
+from jaxrl_llm.data.prompts import PromptSource, load_prompts
 from jaxrl_llm.data.rewards import Verifier
 from jaxrl_llm.data.tokenizer import Tokenizer, make_tokenizer
 from jaxrl_llm.engines import Joint, make_engine, make_joint, make_journal
@@ -210,7 +210,7 @@ def assemble(config: RunConfig, stack: contextlib.ExitStack) -> Job:
     from_first(lambda: _open_directory(config, stack))
     train = everywhere(lambda: load_prompts(config.task.data, tokenizer, "train"))
     heldout = everywhere(lambda: heldout_prompts(config, tokenizer))
-    check_processes(config, heldout)
+    check_processes(config, train.dataset, heldout)
     check_size(config, len(train))
     check_length(config, heldout)
     cold_optimizer, optimizer = optimizers(config)
@@ -325,7 +325,7 @@ def resume(job: Job) -> Progress:
     if checkpoint is None:
         from_first(lambda: _resume_log(job, None))
         return _begin(job)
-    if checkpoint.host["dataset"] != dataset_digest(config.task.data):
+    if checkpoint.host["dataset"] != job.train.dataset:
         raise CheckpointError(
             f"{folder} was made on other prompts than task.data gives now: "
             "its place in them would mean nothing; restore the files, or use another --run-dir"
@@ -427,7 +427,7 @@ def save(job: Job, progress: Progress) -> None:
     host = {
         "buffer": progress.buffer.to_json(),
         "watch": progress.watch.to_json(),
-        "dataset": dataset_digest(job.config.task.data),
+        "dataset": job.train.dataset,
     }
     durable = job.saved_steps()
     job.checkpoints.save(progress.step, progress.state, host)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import jax
 
 from jaxrl_llm.config import RunConfig, differences, read_config, to_json, unequal
-from jaxrl_llm.data.prompts import dataset_digest
 from jaxrl_llm.learner.checkpoint import CHECKPOINTS
 from jaxrl_llm.lock import LOCK
 from jaxrl_llm.model.hf_config import read_model_config
@@ -23,17 +22,18 @@ from jaxrl_llm.runlog import RunReader
 from jaxrl_llm.types import Prompt
 
 
-def check_processes(config: RunConfig, heldout: Sequence[Prompt]) -> None:
+def check_processes(config: RunConfig, dataset: str, heldout: Sequence[Prompt]) -> None:
     """ValueError, in all processes of a job, if they do not have the same settings and files.
 
     Each would compile another program and wait for the others in it for ever.
 
+    dataset: the digest of this process's prompts, as texts.
     heldout: the held-out split as this process's tokenizer reads it.
     """
     tokens = b"".join(prompt.tokens.tobytes() for prompt in heldout)
     mine = {
         "settings": to_json(config),
-        "prompts": dataset_digest(config.task.data),
+        "prompts": dataset,
         "prompts as tokens": zlib.crc32(tokens),
         "version of jax": jax.__version__,
     }

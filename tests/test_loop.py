@@ -302,42 +302,6 @@ def test_every_kind_of_update_runs_and_resumes(finished, tmp_path, name: str) ->
     assert all(np.isfinite(v) for r in first + rest for v in r.metrics.values())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"pack": True, "row_length": 64},
-        {"pack": True, "row_length": 64, "micro_batch_rows": 2},
-        {"micro_batch_rows": 4},
-        {"mesh": MeshConfig(data=2, fsdp=2, expert=2)},
-        {"mesh": MeshConfig(tensor=2, expert=2), "compute": ComputeConfig(remat="block")},
-    ],
-    ids=[
-        "packing",
-        "packing-micro-batches",
-        "micro-batches",
-        "data-fsdp-expert",
-        "expert-tensor-remat",
-    ],
-)
-def test_layout_changes_nothing(finished, tmp_path, settings: dict) -> None:
-    """Packing, micro-batches and sharding give the same run, to rounding, while it is not chaotic.
-
-    Rounding in the weights can tip a sample, so only the first RL step is compared: its rollouts
-    come from the cold start alone, whose steps agree to 1e-4.
-    """
-    config, records = finished
-    changed = vary(config, "learner", **settings)
-    changed = dataclasses.replace(changed, run_dir=str(tmp_path / "run"), steps=1)
-    for left, right in zip(records[:5], run(changed), strict=False):
-        assert (left.phase, left.step) == (right.phase, right.step)
-        # Not additive: as a metric alone, the balance loss is the mean of the micro-batches'.
-        for metric in left.metrics.keys() - {"router/balance_loss"}:
-            value = left.metrics[metric]
-            np.testing.assert_allclose(
-                right.metrics[metric], value, rtol=2e-3, atol=2e-4, err_msg=metric
-            )
-
-
 def test_packing_saves_micro_batches() -> None:
     """In a pod's config: rows are rounded up to eighths of the responses, and to the mesh."""
     config = load_config(CONFIGS / "qwen3_30b_a3b_v5p_64.py")
@@ -500,3 +464,40 @@ def test_a_cold_start_that_diverges_ends_before_it_is_saved(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"is not finite .*lower cold_start\.optimizer\.learning"):
         run(config)
     assert not list((config.directory / "checkpoints").glob("[0-9]*"))
+
+
+# Last: a mesh of several CPU devices ends the use of the compilation cache.
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pack": True, "row_length": 64},
+        {"pack": True, "row_length": 64, "micro_batch_rows": 2},
+        {"micro_batch_rows": 4},
+        {"mesh": MeshConfig(data=2, fsdp=2, expert=2)},
+        {"mesh": MeshConfig(tensor=2, expert=2), "compute": ComputeConfig(remat="block")},
+    ],
+    ids=[
+        "packing",
+        "packing-micro-batches",
+        "micro-batches",
+        "data-fsdp-expert",
+        "expert-tensor-remat",
+    ],
+)
+def test_layout_changes_nothing(finished, tmp_path, settings: dict) -> None:
+    """Packing, micro-batches and sharding give the same run, to rounding, while it is not chaotic.
+
+    Rounding in the weights can tip a sample, so only the first RL step is compared: its rollouts
+    come from the cold start alone, whose steps agree to 1e-4.
+    """
+    config, records = finished
+    changed = vary(config, "learner", **settings)
+    changed = dataclasses.replace(changed, run_dir=str(tmp_path / "run"), steps=1)
+    for left, right in zip(records[:5], run(changed), strict=False):
+        assert (left.phase, left.step) == (right.phase, right.step)
+        # Not additive: as a metric alone, the balance loss is the mean of the micro-batches'.
+        for metric in left.metrics.keys() - {"router/balance_loss"}:
+            value = left.metrics[metric]
+            np.testing.assert_allclose(
+                right.metrics[metric], value, rtol=2e-3, atol=2e-4, err_msg=metric
+            )

@@ -147,6 +147,7 @@ class PromptSource:
     tokenizer: Tokenizer
     template: str
     duplicates: int  # rows of the whole dataset left out since their prompt was there already
+    dataset: str  # the dataset_digest it was prepared with
 
     def __len__(self) -> int:
         return len(self.records)
@@ -178,6 +179,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, split: Split) -> Prom
         tokenizer,
         config.template,
         int(builder.info.metadata["duplicates"]),
+        builder.builder_config.name,
     )
 
 

@@ -14,12 +14,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Most of the tests' time is compilation, which these halve; what they end is the tuning of small
-# loops. XLA refuses to start with a flag that it does not know, as that of another version may.
+# Most of the tests' time is compilation, which these halve; what they end is the tuning of loops.
+FLAGS = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__[:2] == (0, 10):
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    )
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # XLA does not start with one it lacks
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # With JAX_COMPILATION_CACHE_DIR set, small programs are kept as well: the tests have many of them.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

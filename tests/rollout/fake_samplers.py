@@ -255,7 +255,8 @@ def _score(
     params: Params, tokens: Any, segments: Any, temperature: Any, *, model: ModelConfig
 ) -> jax.Array:
     """f32[S] of one padded row."""
-    forward = make_forward(model, ComputeConfig(remat="none"))
+    layout = make_layout(MeshConfig())  # on which the weights of a folder lie
+    forward = make_forward(model, ComputeConfig(remat="none"), layout)
     positions = jnp.arange(segments.size)[None]
     hidden = forward(params, tokens[None, :-1], positions, segments[None], None).hidden
     # token_logprobs wants a number that it can look at, and temperature scales the logits alone.
@@ -265,5 +266,6 @@ def _score(
         tokens[None, 1:],
         temperature=1.0,
         chunk=segments.size,
+        layout=layout,
     )
     return logprobs[0]

@@ -163,6 +163,15 @@ def test_a_second_run_reads_what_the_first_wrote(
     assert load_prompts(config, PRINTABLE, "train").duplicates == 0
 
 
+def test_a_dataset_keeps_its_digest_when_a_file_is_lost(tmp_path: pathlib.Path) -> None:
+    """It goes into every checkpoint of a run, which needs its files no more."""
+    config = jsonl_config(tmp_path, numbered(9))
+    wanted = dataset_digest(config)
+    sources = [load_prompts(config, PRINTABLE, split) for split in ("train", "heldout")]
+    pathlib.Path(config.files[0]).unlink()
+    assert [source.dataset for source in sources] == [wanted, wanted]
+
+
 def test_a_changed_file_or_setting_is_another_dataset(tmp_path: pathlib.Path) -> None:
     config = jsonl_config(tmp_path, numbered(9))
     before = {*texts(config, "train"), *texts(config, "heldout")}

@@ -1,4 +1,4 @@
-"""The command line: `jaxrl-llm train | eval | export | report | compile | first-order`.
+"""The command line: `jaxrl-llm train | eval | export | report | compile | first-order | bench`.
 
 What it is: argument parsing (tyro, from the frozen config dataclasses) and the handling of signals.
 What it is not: the job, which is loop.run. Everything heavy is imported inside the command that
@@ -104,6 +104,15 @@ class FirstOrder:
     """
 
 
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory against the machine's limit and against a peer.
+
+    `jaxrl-llm bench update decode` measures some rows of the table, without names all. Exits with 1
+    where a row failed. Every size is a flag: `jaxrl-llm bench --help` lists them all.
+    """
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
@@ -111,6 +120,7 @@ Command = (
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Compile, tyro.conf.subcommand("compile")]
     | Annotated[FirstOrder, tyro.conf.subcommand("first-order")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
 )
 
 
@@ -127,6 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
             return compile_steps(arguments[1:], console)
         if arguments[:1] == ["first-order"]:
             return first_order(arguments[1:], console)
+        if arguments[:1] == ["bench"]:
+            return bench(arguments[1:], console)
         command = tyro.cli(Command, args=arguments, prog="jaxrl-llm")
         if isinstance(command, Eval):
             return evaluate(command, console)
@@ -138,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
             return compile_steps(arguments[1:], console)
         if isinstance(command, FirstOrder):
             return first_order([], console)
+        if isinstance(command, Bench):
+            return bench([], console)
         return train(command.config, ["--multihost"] * command.multihost, console)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -294,6 +308,14 @@ def first_order(overrides: list[str], console: Console) -> int:
     for path in write_study(study, Path(config.output)):
         console.print(f"Written: {path}", soft_wrap=True)
     return 0
+
+
+def bench(overrides: list[str], console: Console) -> int:
+    """Measure the rows of the benchmark; see Bench."""
+    from jaxrl_llm.bench.command import run_bench
+    from jaxrl_llm.bench.config import BenchConfig
+
+    return run_bench(tyro.cli(BenchConfig, args=overrides, prog="jaxrl-llm bench"), console)
 
 
 @contextlib.contextmanager

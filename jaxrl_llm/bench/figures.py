@@ -28,7 +28,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-COLUMNS = {"median": 13, "range": 15, "of roof": 7, "wanted": 8, "": 6}
+COLUMNS = {"median": 13, "range": 15, "of roof": 7, "wanted": 10, "": 6}
 """Of a table, beside the name of the figure: their widths."""
 ERROR = 500
 """Characters of an error that the table shows; the JSON has all."""

@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_GPU = Path("/dev/nvidiactl")
+
 
 def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What a function of a module returns, called in a new process with this one's environment.
@@ -37,8 +39,8 @@ def additions(environment: Mapping[str, str], *, peer: bool) -> dict[str, str]:
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "JAX_PLATFORMS": _platforms(),
     }
-    if peer:
-        # JAX would take three quarters of an accelerator's memory before the peer gets any.
+    if peer and _GPU.exists():
+        # JAX would take three quarters of the GPU's memory before the peer gets any.
         added["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return {name: text for name, text in added.items() if text and name not in environment}
 
@@ -54,4 +56,4 @@ def _platforms() -> str:
         return ""
     plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
     has_cuda = any(importlib.util.find_spec(plugin) for plugin in plugins)
-    return "cuda,cpu" if has_cuda and Path("/dev/nvidiactl").exists() else "cpu"
+    return "cuda,cpu" if has_cuda and _GPU.exists() else "cpu"

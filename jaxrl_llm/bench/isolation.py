@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import importlib.util
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,8 +24,20 @@ def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     Raises what it raises, and concurrent.futures.process.BrokenProcessPool if the process dies.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+def _end_with_parent() -> None:
+    """Has this process end when the one that started it does, also in the middle of a step."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a pool started this process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def additions(environment: Mapping[str, str], *, peer: bool) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,29 @@ def die() -> None:
 
 def variable(name: str) -> str | None:
     return os.environ.get(name)
+
+
+def sleep_for_ever(pid_file: Path) -> None:
+    pid_file.write_text(str(os.getpid()))
+    time.sleep(1000)
+
+
+def test_a_row_does_not_outlive_the_command(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    code = (
+        "from pathlib import Path\n"
+        "from jaxrl_llm.bench.isolation import in_fresh_process\n"
+        "from tests.bench.test_command import sleep_for_ever\n"
+        f"in_fresh_process(sleep_for_ever, Path({str(pid_file)!r}))\n"
+    )
+    command = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (pid_file.exists() and pid_file.read_text()):
+        assert command.poll() is None
+        time.sleep(0.01)
+    command.kill()
+    command.wait()
+    while Path(f"/proc/{pid_file.read_text()}/cmdline").exists():  # the test's timeout ends this
+        time.sleep(0.01)
 
 
 def test_a_row_whose_process_dies_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -91,7 +92,7 @@ def _sampling(engine: LocalEngine, requests: Sequence[Request]) -> Contestant:
 
 
 def _peer(config: BenchConfig, setup: Setup) -> tuple[str, Contestant]:
-    """The fastest of the peer's modes, each run once after it was warmed up, and its name."""
+    """The fastest of the peer's modes, each timed once after it was warmed up, and its name."""
     assert config.peer is not None, "measure() asked"
     sizes = config.decode
     prompts = make_tokens(setup.model, sizes.slots, sizes.prompt)
@@ -99,13 +100,16 @@ def _peer(config: BenchConfig, setup: Setup) -> tuple[str, Contestant]:
         weights = Path(folder) / "weights"
         write_checkpoint(weights, setup, max_length=sizes.prompt + sizes.new_tokens)
         modes = load_peer(config.peer).make_generate(weights, prompts, sizes.new_tokens)
-    for name, run in modes.items():
-        shape, wanted = run().shape, (sizes.slots, sizes.prompt + sizes.new_tokens)
-        if shape != wanted:
-            raise ValueError(f"the peer's generate, {name}, returned {shape} for {wanted}")
-    trial = take_turns(modes, 1)
-    best = min(modes, key=lambda name: trial.taken[name])
-    return best, modes[best]
+
+    def checked(generate: Callable[[], np.ndarray]) -> None:
+        found, wanted = generate().shape, (sizes.slots, sizes.prompt + sizes.new_tokens)
+        if found != wanted:
+            raise ValueError(f"the peer's generate returned {found} in place of {wanted}")
+
+    contestants = {name: partial(checked, generate) for name, generate in modes.items()}
+    trial = take_turns(contestants, 1)
+    best = min(contestants, key=lambda name: trial.taken[name])
+    return best, contestants[best]
 
 
 def _speeds(config: BenchConfig, turns: Turns, roof: Roof) -> list[Figure]:

@@ -60,7 +60,13 @@ def load_peer(path: Path) -> Peer:
     if spec is None or spec.loader is None:
         raise ValueError(f"--peer is {path}, which is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f'--peer {path} cannot be imported ({error}); pip install -e ".[bench]" installs what '
+            "tests/bench/transformers_peer.py needs"
+        ) from error
     missing = [name for name in ("name", "make_step", "make_generate") if not hasattr(module, name)]
     if missing:
         raise ValueError(f"--peer is {path}, which lacks {', '.join(missing)}; see bench/peer.py")

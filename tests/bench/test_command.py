@@ -142,3 +142,10 @@ def test_a_peer_is_a_file_with_the_functions_of_the_protocol(tmp_path: Path) -> 
     path.write_text("def name(): return ''")
     with pytest.raises(ValueError, match="lacks make_step, make_generate"):
         load_peer(path)
+
+
+def test_a_peer_whose_library_is_missing_names_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "peer.py"
+    path.write_text("import no_such_library")
+    with pytest.raises(ValueError, match=r"no_such_library.*\[bench\]"):
+        load_peer(path)

@@ -199,13 +199,15 @@ def test_the_limit_of_decoding_by_hand() -> None:
 
 
 def test_publish(tmp_path: Path) -> None:
-    findings = publish.measure(tiny(folder=tmp_path))
-    figures = by_name(findings)
+    figures = by_name(publish.measure(tiny(folder=tmp_path, repeats=1)))
     assert wanted(figures) == {
         "to the engine, device memory added": "<= 0",
         "speed, through a folder / plain write and fsync": ">= 0.8",
     }
-    assert {"to the engine, float32", "through a folder, speed"} <= figures.keys()
+    assert figures["to the engine, float32"].value > 0
+    written = figures["through a folder"].value * figures["through a folder, speed"].value
+    entries = sum(leaf.size for leaf in jax.tree.leaves(make_setup(MODEL).params()))
+    assert 2 * entries < written < 2 * entries + 20_000  # in bfloat16; heads, index and manifest
     assert not list(tmp_path.iterdir())  # it cleans up
 
 

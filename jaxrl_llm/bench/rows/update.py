@@ -149,7 +149,8 @@ def _notes(peer: Peer | None) -> tuple[str, ...]:
     fresh = "" if memory.reset_peak() else " Their set-up is included: this kernel resets no peak."
     peak = (
         "Peak memory, each side in a process of its own: the highest of two steps after two "
-        "others, less what the process held with its libraries loaded and no model." + fresh
+        "others, less what the process held with its libraries loaded and no model; what set-up "
+        "freed was handed back to the system before." + fresh
     )
     if peer is None:
         return ours, roof, peak, NO_PEER

@@ -227,11 +227,18 @@ class Layout:
         all-reduce, twice the traffic of a reduce-scatter and more than that of an all-gather.
         """
         x = self.vary(x, TOKEN_AXES)
-        for dimension, name in enumerate(names):
-            if name in ("embed", "expert_embed"):
-                for axis in reversed(self.axes(name)):  # the last one splits finest
-                    x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+        for dimension, axis in self.gathers(names):
+            x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
         return x
+
+    def gathers(self, names: LogicalNames) -> list[tuple[int, str]]:
+        """The gathers that make a parameter's share whole, one dimension and mesh axis each."""
+        return [
+            (dimension, axis)
+            for dimension, name in enumerate(names)
+            if name in ("embed", "expert_embed")
+            for axis in reversed(self.axes(name))  # the last one splits finest
+        ]
 
     def total(self, x: jax.Array, name: str) -> jax.Array:
         """The sum of x over the devices that split a dimension of this name."""
@@ -258,6 +265,17 @@ def varying(x: jax.Array) -> tuple[str, ...]:
     """
     axes = jax.typeof(x).manual_axis_type.varying
     return tuple(axis for axis in AXES if axis in axes)
+
+
+def alike(tree: Any, other: Any = ()) -> Any:
+    """The same values, all typed as different wherever one of them, or of the others, is."""
+    axes = {axis for x in jax.tree.leaves((tree, other)) for axis in varying(x)}
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in AXES if axis in axes.difference(varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
 
 
 def reserve_threads(devices: int) -> None:

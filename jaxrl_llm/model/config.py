@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 Dispatch = Literal["auto", "dense", "blocked", "ragged", "megablox"]
-Attention = Literal["auto", "plain", "splash", "cudnn"]
+Attention = Literal["auto", "plain", "blocked", "splash", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,13 @@ class ComputeConfig:
     """How a forward pass is computed; beyond rounding it changes no value."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
-    # What of a layer is computed again for its gradient: all (block), all but what splash attention
-    # gave (attention, for long rows), all but products with parameters (dots), nothing (none).
+    # What of a layer is computed again for its gradient: all (block), all but what attention by
+    # blocks or by splash gave (attention, for long rows), all but products with parameters (dots),
+    # nothing (none).
     remat: Literal["none", "block", "attention", "dots"] = "block"
     dispatch: Dispatch = "auto"  # how tokens meet experts; auto picks by backend and batch
-    attention: Attention = "auto"  # auto: splash on TPUs, cudnn on GPUs, plain where they cannot
+    # auto: splash on TPUs, cudnn on GPUs, plain where they cannot; on CPUs blocked for long rows.
+    attention: Attention = "auto"
     attention_chunk: int = 0  # plain attention: queries at once, to save memory; 0: all of them
     logprob_chunk: int = 256  # positions whose logits exist at once
 

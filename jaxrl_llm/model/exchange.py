@@ -18,16 +18,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.model.grouped import (
-    Experts,
-    Implementation,
+from jaxrl_llm.model.assignments import (
     Moves,
-    expert_sum,
     from_rows,
     sorted_assignments,
     to_rows,
     weights_of_rows,
 )
+from jaxrl_llm.model.grouped import Experts, Implementation, expert_sum
 from jaxrl_llm.sharding import Layout, varying
 
 Array = jax.Array

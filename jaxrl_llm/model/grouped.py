@@ -3,22 +3,23 @@
 The implementations agree in values and gradients: dense computes all experts for all tokens; the
 others sort the tokens by expert and multiply each group by its expert's matrices.
 
-Shapes: N tokens, D width, E experts here, K experts per token, F width inside one expert.
+Shapes: N tokens, D width, E experts here, K experts per token, F width inside one expert, R rows,
+one for each assignment of an expert to a token and some spare ones.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.model.assignments import Order, from_rows, sort_by_expert, to_rows, weights_of_rows
 from jaxrl_llm.model.kernels import grouped_product, ragged_product
-from jaxrl_llm.sharding import Layout
+from jaxrl_llm.sharding import Layout, alike
 
 Array = jax.Array
 Experts = dict[str, Array]
@@ -42,22 +43,16 @@ def expert_sum(
     if implementation == "dense":
         return _dense(x, experts, weights, params)
     num_experts = params["gate"].shape[0]
-    block = _block_size(experts.size, num_experts) if implementation == "blocked" else 1
-    order = sort_by_expert(experts, num_experts, block)
-    rows, scales = to_rows(x, order.moves), weights_of_rows(weights, order.moves)[:, None]
     if implementation == "blocked":
-        rows = _blocked(rows, params, order) * scales
-    else:  # the product of rows past the last expert's is undefined, but nothing reads it
-        product = grouped_product if implementation == "megablox" else ragged_product
-        rows = _scaled_swiglu(
-            rows, scales, params, partial(product, sizes=order.sizes, layout=layout)
-        )
-    return from_rows(rows.astype(x.dtype), order.moves)
-
-
-def _swiglu(x: Array, params: Experts) -> Array:
-    gate, up, down = (params[name].astype(x.dtype) for name in ("gate", "up", "down"))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        params = {name: matrices.astype(x.dtype) for name, matrices in params.items()}
+        spare, _ = _block_rows(experts.size, num_experts)
+        return _blocked(x, weights, params, sort_by_expert(experts, num_experts, spare=spare))
+    order = sort_by_expert(experts, num_experts)
+    rows, scales = to_rows(x, order.moves), weights_of_rows(weights, order.moves)[:, None]
+    # The product of rows past the last expert's is undefined, but nothing reads it.
+    product = grouped_product if implementation == "megablox" else ragged_product
+    rows = _scaled_swiglu(rows, scales, params, partial(product, sizes=order.sizes, layout=layout))
+    return from_rows(rows, order.moves)
 
 
 def _scaled_swiglu(
@@ -87,159 +82,149 @@ def _dense(x: Array, experts: Array, weights: Array, params: Experts) -> Array:
     return scaled @ params["down"].astype(x.dtype).reshape(num_experts * inner, width)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Moves:
-    """Assignments (a token and one of its experts) put into rows, at most one in each."""
+def _block_rows(assignments: int, num_experts: int) -> tuple[int, int]:
+    """Rows of a large and of a small block: powers of two near half and an eighth of a mean load.
 
-    source: Array  # i32[R], the assignment n * K + k in this row; N * K in an empty row
-    row: Array  # i32[N, K], where the assignment went; R if it is in none
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    """Assignments sorted by expert.
-
-    The rows of an expert are padded to whole blocks, so that a block has one expert. R, the number
-    of rows, is the most that any routing needs; rows past the last used block stay empty.
+    Large ones make products efficient, small ones leave little of an expert's last one empty.
     """
-
-    moves: Moves
-    sizes: Array  # i32[E], assignments of each expert
-    block_expert: Array  # i32[R / block]
-    num_blocks: Array  # i32[], blocks in use
+    mean = max(assignments / num_experts, 1)
+    small = 2 ** min(max(round(math.log2(mean / 8)), 3), 7)
+    return 4 * small, small
 
 
-def _block_size(assignments: int, num_experts: int) -> int:
-    """A power of two near an eighth of an expert's mean load: little padding, large products."""
-    mean = assignments / num_experts
-    return 2 ** min(max(round(math.log2(max(mean, 1) / 8)), 3), 8)
+@jax.custom_vjp
+def _blocked(x: Array, weights: Array, params: Experts, order: Order) -> Array:
+    """One expert after another on its rows, a block at a time, with loops as long as they need be.
 
-
-def sorted_assignments(experts: Array, num_experts: int) -> tuple[Array, Array]:
-    """The experts of all assignments, ascending, and these assignments, n * K + k: i32[N * K] each.
-
-    experts: i32[N, K], below num_experts. Raises ValueError for more than 32 bits can tell apart.
+    order has a large block of spare rows. What is read and written between two products stays in
+    the cache: tokens are gathered when their block comes up. The last block of an expert may reach
+    into the rows of the next one: there its gate values are 0, and what it writes is overwritten.
     """
-    count = experts.size
-    if num_experts * count >= 2**31:
-        raise ValueError(
-            f"{count} assignments to {num_experts} experts overflow a 32-bit sort key; "
-            "use smaller micro-batches, learner.micro_batch_rows"
-        )
-    # One integer holds expert and assignment: stable, faster to sort than a pair, and typed in a
-    # shard_map as what it is made of, where argsort's result is not.
-    keys = jnp.sort(experts.reshape(-1) * count + jnp.arange(count, dtype=jnp.int32))
-    return keys // count, keys % count
+    return _forward(x, weights, params, order)[0]
 
 
-def sort_by_expert(experts: Array, num_experts: int, block: int) -> _Order:
-    count, flat = experts.size, experts.reshape(-1)
-    index = jnp.arange(count, dtype=jnp.int32)
-    expert, assignment = sorted_assignments(experts, num_experts + 1)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    block_ends = jnp.cumsum(-(-sizes // block))
-    shift = (block_ends - -(-sizes // block)) * block - (jnp.cumsum(sizes) - sizes)
-    capacity = (count + num_experts * (block - 1)) // block
-    here = expert < num_experts
-    row = jnp.where(here, index + shift.at[expert].get(mode="clip"), capacity * block)
-    block_expert = jnp.sum(jnp.arange(capacity)[:, None] >= block_ends, axis=1)
-    source = jnp.full(capacity * block, count, jnp.int32).at[row].set(assignment, mode="drop")
-    return _Order(
-        moves=Moves(source, jnp.zeros_like(index).at[assignment].set(row).reshape(experts.shape)),
-        sizes=sizes,
-        block_expert=jnp.minimum(block_expert, num_experts - 1),
-        num_blocks=block_ends[-1],
-    )
+def _forward(x: Array, weights: Array, params: Experts, order: Order) -> tuple[Array, Array]:
+    """The sum, [N, D], and what the experts' first product gave, [R, 2F]."""
+    tokens, scales = _tokens(order), weights_of_rows(weights, order.moves)
+
+    def one_expert(expert: Array, outputs: Any) -> Any:
+        into, down = _matrices(params, expert)
+        end = order.ends[expert]
+
+        def block(first: Array, size: int, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            hidden = (x[_cut(tokens, first, size)] @ into).astype(x.dtype)
+            gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
+            inner = jax.nn.silu(gate) * up * _own(scales, first, size, end)[:, None]
+            rows = inner.astype(x.dtype) @ down
+            return _put(outputs[0], rows, first), _put(outputs[1], hidden, first)
+
+        return _each_block(block, order, expert, params, outputs)
+
+    shapes = (tokens.size, x.shape[1]), (tokens.size, 2 * params["down"].shape[1])
+    outputs = alike(tuple(jnp.zeros(shape, x.dtype) for shape in shapes), (x, params))
+    rows, hidden = jax.lax.fori_loop(0, order.sizes.size, one_expert, outputs)
+    return from_rows(rows, order.moves), hidden
 
 
-# The two moves below are each other's transpose. Left to autodiff, the gradient of a gather is a
-# scatter-add; since both directions of the order are known, it can be a gather again.
+def _backward(
+    saved: tuple[Array, Array, Experts, Order, Array], gradient: Array
+) -> tuple[Array, Array, Experts, None]:
+    x, weights, params, order, hidden = saved
+    tokens, scales = _tokens(order), weights_of_rows(weights, order.moves)
+
+    def one_expert(expert: Array, totals: tuple[Array, Array, Experts]) -> Any:
+        # Transposed once, not for every block.
+        into, down = (matrix.T for matrix in _matrices(params, expert))
+        end = order.ends[expert]
+
+        def block(first: Array, size: int, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            to_rows, to_scales, to_into, to_down = sums
+            places = _cut(tokens, first, size)
+            token, pull, scale = (
+                x[places],
+                gradient[places],
+                _own(scales, first, size, end)[:, None],
+            )
+            gate, up = jnp.split(_cut(hidden, first, size).astype(jnp.float32), 2, axis=-1)
+            share = jax.nn.sigmoid(gate)
+            inner = share * gate * up
+            to_inner = _wide(pull, down)
+            to_scales = _put(to_scales, jnp.sum(to_inner * inner, axis=-1), first)
+            to_inner *= scale
+            to_gate = to_inner * up * share * (1 + gate * (1 - share))
+            to_hidden = jnp.concatenate([to_gate, to_inner * share * gate], axis=-1).astype(x.dtype)
+            to_into += _wide(token.T, to_hidden)
+            to_down += _wide((inner * scale).astype(x.dtype).T, pull)
+            return _put(to_rows, to_hidden @ into, first), to_scales, to_into, to_down
+
+        to_rows, to_scales, to_params = totals
+        zeros = [jnp.zeros_like(matrix.T, jnp.float32) for matrix in (into, down)]
+        sums = _each_block(block, order, expert, params, (to_rows, to_scales, *zeros))
+        to_rows, to_scales, to_into, to_down = sums
+        new = dict(zip(("gate", "up"), jnp.split(to_into, 2, axis=-1), strict=True), down=to_down)
+        new = {
+            name: whole.at[expert].set(new[name].astype(x.dtype))
+            for name, whole in to_params.items()
+        }
+        return to_rows, to_scales, new
+
+    zeros = jnp.zeros((tokens.size, x.shape[1]), x.dtype), jnp.zeros(tokens.size)
+    totals = (*alike(zeros, (x, params)), jax.tree.map(jnp.zeros_like, params))
+    loop = jax.lax.fori_loop(0, order.sizes.size, one_expert, totals)
+    to_rows, to_scales, to_params = loop
+    to_weights = to_scales.at[order.moves.row].get(mode="fill", fill_value=0)
+    return from_rows(to_rows, order.moves), to_weights, to_params, None
 
 
-@jax.custom_vjp
-def to_rows(x: Array, moves: Moves) -> Array:
-    """x[N, D] -> [R, D]: every row gets the token of its assignment, an empty row any token."""
-    return x.at[moves.source // moves.row.shape[1]].get(mode="clip")
+def _blocked_forward(x: Array, weights: Array, params: Experts, order: Order) -> Any:
+    output, hidden = _forward(x, weights, params, order)
+    return output, (x, weights, params, order, hidden)
 
 
-@jax.custom_vjp
-def from_rows(rows: Array, moves: Moves) -> Array:
-    """rows[R, D] -> [N, D]: every token gets the sum of the rows of its assignments, added up in
-    float32; what empty rows hold is nowhere in it."""
-    there = (moves.row < rows.shape[0])[..., None]
-    # All first assignments, then all second ones ...: sums of such parts are sums of whole arrays,
-    # where those along K of [N, K, D] would be sums inside of tiles.
-    taken = jnp.split(rows.at[moves.row.T.reshape(-1)].get(mode="clip"), moves.row.shape[1])
-    parts = (jnp.where(there[:, k], part.astype(jnp.float32), 0) for k, part in enumerate(taken))
-    return sum(parts, jnp.float32(0)).astype(rows.dtype)
+_blocked.defvjp(_blocked_forward, _backward)
 
 
-@jax.custom_vjp
-def weights_of_rows(weights: Array, moves: Moves) -> Array:
-    """f32[N, K] -> f32[R]: the gate value of each row's assignment, 0 for an empty row."""
-    return weights.reshape(-1).at[moves.source].get(mode="fill", fill_value=0)
+def _tokens(order: Order) -> Array:
+    """i32[R], the token of each row; of a spare one, any."""
+    count, chosen = order.moves.row.shape
+    return jnp.minimum(order.moves.source // chosen, count - 1)
 
 
-def _weights_backward(moves: Moves, gradient: Array) -> tuple[Array, None]:
-    return gradient.at[moves.row].get(mode="fill", fill_value=0), None
+def _matrices(params: Experts, expert: Array) -> tuple[Array, Array]:
+    """gate and up of an expert side by side, [D, 2F], and down [F, D]."""
+    gate, up, down = (params[name][expert] for name in ("gate", "up", "down"))
+    return jnp.concatenate([gate, up], axis=-1), down
 
 
-to_rows.defvjp(
-    lambda x, moves: (to_rows(x, moves), moves),
-    lambda moves, gradient: (from_rows(gradient, moves), None),
-)
-from_rows.defvjp(
-    lambda rows, moves: (from_rows(rows, moves), moves),
-    lambda moves, gradient: (to_rows(gradient, moves), None),
-)
-weights_of_rows.defvjp(
-    lambda weights, moves: (weights_of_rows(weights, moves), moves), _weights_backward
-)
+def _each_block(
+    block: Callable[[Array, int, Any], Any],
+    order: Order,
+    expert: Array,
+    params: Experts,
+    carry: Any,
+) -> Any:
+    """block(first row, rows, carry) for the rows of one expert: large blocks, then small ones."""
+    large, small = _block_rows(order.moves.row.size, params["gate"].shape[0])
+    first = order.ends[expert] - order.sizes[expert]
+    count = order.sizes[expert] // large
+    carry = jax.lax.fori_loop(0, count, lambda i, c: block(first + i * large, large, c), carry)
+    rest = first + count * large
+    count = -(-(order.ends[expert] - rest) // small)
+    return jax.lax.fori_loop(0, count, lambda i, c: block(rest + i * small, small, c), carry)
 
 
-@jax.custom_vjp
-def _blocked(rows: Array, params: Experts, order: _Order) -> Array:
-    """The expert of each block on its rows, block after block: [R, D] -> [R, D].
-
-    The gradient is a second such loop that adds each block's share to the slice of its expert.
-    Autodiff of the first would make an array of the size of all parameters for every block.
-    """
-    block = rows.shape[0] // order.block_expert.shape[0]
-
-    def step(index: Array, output: Array) -> Array:
-        x = jax.lax.dynamic_slice_in_dim(rows, index * block, block)
-        y = _swiglu(x, _expert(params, order.block_expert[index]))
-        return jax.lax.dynamic_update_slice_in_dim(output, y, index * block, 0)
-
-    return jax.lax.fori_loop(0, order.num_blocks, step, jnp.zeros_like(rows))
+def _own(scales: Array, first: Array, size: int, end: Array) -> Array:
+    """The gate values of a block's rows, 0 of those after the expert's last one."""
+    return jnp.where(first + jnp.arange(size) < end, _cut(scales, first, size), 0)
 
 
-def _expert(params: Experts, index: Array) -> Experts:
-    return {name: matrices[index] for name, matrices in params.items()}
+def _cut(x: Array, first: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, first, size)
 
 
-def _blocked_backward(
-    saved: tuple[Array, Experts, _Order], gradient: Array
-) -> tuple[Array, Experts, None]:
-    rows, params, order = saved
-    block = rows.shape[0] // order.block_expert.shape[0]
-
-    def step(index: Array, sums: tuple[Array, Experts]) -> tuple[Array, Experts]:
-        to_rows, to_params = sums
-        expert = order.block_expert[index]
-        x, dy = (jax.lax.dynamic_slice_in_dim(a, index * block, block) for a in (rows, gradient))
-        _, pullback = jax.vjp(_swiglu, x, _expert(params, expert))
-        dx, dparams = pullback(dy)
-        to_rows = jax.lax.dynamic_update_slice_in_dim(to_rows, dx, index * block, 0)
-        return to_rows, {name: to_params[name].at[expert].add(dparams[name]) for name in dparams}
-
-    zeros = (jnp.zeros_like(rows), jax.tree.map(jnp.zeros_like, params))
-    return *jax.lax.fori_loop(0, order.num_blocks, step, zeros), None
+def _put(x: Array, part: Array, first: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part, first, axis=0)
 
 
-_blocked.defvjp(
-    lambda rows, params, order: (_blocked(rows, params, order), (rows, params, order)),
-    _blocked_backward,
-)
+def _wide(x: Array, y: Array) -> Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)

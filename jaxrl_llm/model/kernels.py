@@ -2,7 +2,7 @@
 
 What it is: which kernel a backend gets, a refusal by name where one cannot run, and the border that
 lets an untyped kernel into typed code. What it is not: a kernel, or the plain computation that each
-of them must equal (layers.segment_attention, grouped.py).
+of them must equal (attention.py, grouped.py).
 
 A library's kernel does not say on which mesh axes its results differ, which shard_map checks. So it
 runs in a shard_map of its own over KERNEL_AXIS, one device wide and unchecked, and has its gradient
@@ -27,8 +27,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
+from jaxrl_llm.model.attention import ATTENTION, BLOCK
 from jaxrl_llm.model.config import Attention, ComputeConfig
-from jaxrl_llm.sharding import AXES, KERNEL_AXIS, Layout, varying
+from jaxrl_llm.sharding import KERNEL_AXIS, Layout, alike
 
 Array = jax.Array
 Operands = tuple[Array, ...]
@@ -36,30 +37,37 @@ Operands = tuple[Array, ...]
 LANES = 128
 """What TPU kernels want sizes to be a multiple of."""
 
-ATTENTION = "attention"
-"""The name under which recomputation may keep what splash attention has computed."""
-
 BLOCKS = (512, 256, LANES)
 """Positions that splash attention takes at a time. 512 is what MaxText takes on all TPUs; JAX's own
 128 mean sixteen times the steps."""
 
 
-def choose_attention(compute: ComputeConfig, layout: Layout, *, head_dim: int) -> Attention:
-    """What compute.attention stands for; "auto" is the backend's kernel where it can run.
+def check_attention(compute: ComputeConfig, layout: Layout, *, head_dim: int) -> None:
+    """Raises ValueError where compute.attention names a kernel that cannot run here."""
+    if obstacle := _obstacle(compute.attention, layout.platform, compute.dtype, head_dim):
+        raise ValueError(
+            f"learner.compute.attention is {compute.attention}, {obstacle}; use auto, or blocked"
+        )
 
-    Raises ValueError where a kernel is asked for by name that cannot run.
+
+def choose_attention(
+    compute: ComputeConfig, layout: Layout, *, head_dim: int, length: int
+) -> Attention:
+    """What compute.attention stands for, in rows of so many positions.
+
+    "auto" is the backend's kernel where it can run; on CPUs, blocks where a row has several.
     """
-    wanted = compute.attention
-    if wanted == "auto":
-        kernels: dict[str, Attention] = {"tpu": "splash", "gpu": "cudnn"}
-        kernel = kernels.get(layout.platform, "plain")
-        return "plain" if _obstacle(kernel, compute, layout.platform, head_dim) else kernel
-    if obstacle := _obstacle(wanted, compute, layout.platform, head_dim):
-        raise ValueError(f"learner.compute.attention is {wanted}, {obstacle}; use auto, or plain")
-    return wanted
+    if compute.attention != "auto":
+        return compute.attention
+    platform = layout.platform
+    kernels: dict[str, Attention] = {"tpu": "splash", "gpu": "cudnn"}
+    if platform not in kernels:
+        return "blocked" if length > BLOCK else "plain"
+    kernel = kernels[platform]
+    return "plain" if _obstacle(kernel, platform, compute.dtype, head_dim) else kernel
 
 
-def _obstacle(kernel: Attention, compute: ComputeConfig, platform: str, head_dim: int) -> str:
+def _obstacle(kernel: Attention, platform: str, dtype: str, head_dim: int) -> str:
     """Why a kernel cannot run; "" if it can."""
     if kernel == "splash":
         if platform == "gpu":
@@ -69,7 +77,7 @@ def _obstacle(kernel: Attention, compute: ComputeConfig, platform: str, head_dim
     if kernel == "cudnn":
         if platform != "gpu":
             return f"a library for NVIDIA GPUs, and this is a {platform}"
-        if compute.dtype == "float32":
+        if dtype == "float32":
             return "which computes in bfloat16, and learner.compute.dtype is float32"
         if head_dim % 8 or head_dim > LANES:
             return f"for heads as wide as 8, 16, ... {LANES}, and model.head_dim is {head_dim}"
@@ -79,7 +87,7 @@ def _obstacle(kernel: Attention, compute: ComputeConfig, platform: str, head_dim
 def splash_attention(
     query: Array, key: Array, value: Array, segment_ids: Array, layout: Layout
 ) -> Array:
-    """layers.segment_attention by JAX's splash attention kernel (a flash attention for TPUs).
+    """attention.segment_attention by JAX's splash attention kernel (a flash attention for TPUs).
 
     Args:
       query: [B, Q, H, P], this device's positions of the row.
@@ -296,7 +304,7 @@ def _library_kernel(
         return _unchecked(lambda saved, gradient: saved(gradient)[0], pullback, gradient), None
 
     call.defvjp(forward, backward)
-    return lambda operands, fixed: call(*_alike((operands, fixed)))
+    return lambda operands, fixed: call(*alike((operands, fixed)))
 
 
 def _unchecked(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -313,15 +321,4 @@ def _unchecked(function: Callable[..., Any], *arguments: Any) -> Any:
     alone = jax.shard_map(
         body, axis_names={KERNEL_AXIS}, in_specs=whole, out_specs=whole, check_vma=False
     )
-    return _alike(alone(*arguments), arguments)
-
-
-def _alike(tree: Any, other: Any = ()) -> Any:
-    """The same values, all typed as different wherever one of them, or of the others, is."""
-    axes = {axis for x in jax.tree.leaves((tree, other)) for axis in varying(x)}
-
-    def one(x: Array) -> Array:
-        missing = tuple(axis for axis in AXES if axis in axes.difference(varying(x)))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
+    return alike(alone(*arguments), arguments)

@@ -6,11 +6,14 @@ Shapes: B rows, S positions, D width, H query heads, KV key and value heads, P h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxrl_llm.sharding import alike
 
 Array = jax.Array
 
@@ -26,9 +29,33 @@ def linear(x: Array, matrix: Array) -> Array:
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32; keeps x's dtype."""
+    return _rms_norm(*alike((x, scale)), eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+    return (wide * _inverse(wide, eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rms_norm_backward(
+    eps: float, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    """From x alone, which is kept anyway: autodiff would keep three arrays of its size."""
+    x, scale = operands
+    wide, pull = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    inverse = _inverse(wide, eps)
+    unit, to_unit = wide * inverse, pull * scale.astype(jnp.float32)
+    along = jnp.mean(to_unit * unit, axis=-1, keepdims=True)
+    to_scale = jnp.sum(pull * unit, axis=tuple(range(x.ndim - 1)))
+    return ((to_unit - unit * along) * inverse).astype(x.dtype), to_scale.astype(scale.dtype)
+
+
+_rms_norm.defvjp(lambda x, scale, eps: (_rms_norm(x, scale, eps), (x, scale)), _rms_norm_backward)
+
+
+def _inverse(x: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 def rotary_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -62,66 +89,30 @@ def map_chunks(function: Callable[..., Any], arrays: tuple[Array, ...], *, chunk
     Only sound for a function that treats positions independently. Each chunk is recomputed in the
     gradient. A chunk of 0, or one that holds all positions, is a plain call.
     """
-    batch, length = arrays[0].shape[:2]
+    length = arrays[0].shape[1]
     if chunk == 0 or chunk >= length:
         return function(*arrays)
-    padding = -length % chunk
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
-
-    def join(x: Array) -> Array:
-        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
-
     step = jax.checkpoint(lambda parts: function(*parts), prevent_cse=False)
-    return jax.tree.map(join, jax.lax.map(step, tuple(split(x) for x in arrays)))
+    return join_chunks(jax.lax.map(step, split_chunks(arrays, chunk)), length)
 
 
-def attend(query: Array, key: Array, value: Array, visible: Array) -> Array:
-    """Grouped-query attention of query[B, Q, H, P] over key and value[B, S, KV, P] -> [B, Q, H, P].
+def split_chunks(tree: Any, chunk: int) -> Any:
+    """Arrays [B, S, ...] to [chunks, B, chunk, ...], filled up with zeros."""
 
-    visible is bool[B, Q, S]. Scores are softmaxed in float32.
-    """
-    batch, queries, heads, size = query.shape
-    key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))  # [B, KV, S, P]
-    # The queries that share a key head are more rows of one product, not more products.
-    rows = jnp.swapaxes(query, 1, 2).reshape(batch, key.shape[1], -1, size)
-    scores = jnp.einsum("bkrp,bksp->bkrs", rows, key, preferred_element_type=jnp.float32)
-    # Finite, so that a query which sees nothing gives a number and not NaN.
-    hidden = jnp.where(visible, 0.0, -1e30)[:, None]
-    scores = scores.reshape(batch, heads, queries, -1) * size**-0.5 + hidden
-    shares = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    shares = shares.reshape(batch, key.shape[1], -1, key.shape[2])
-    attended = jnp.einsum("bkrs,bksp->bkrp", shares, value)
-    return jnp.swapaxes(attended.reshape(batch, heads, queries, size), 1, 2)
+    def one(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(one, tree)
 
 
-def segment_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    segment_ids: Array,
-    *,
-    chunk: int,
-    first: Array | int = 0,
-) -> Array:
-    """Causal attention within each segment of packed rows: attend() with segment_ids i32[B, S].
+def join_chunks(tree: Any, length: int) -> Any:
+    """The inverse of split_chunks(), for so many positions."""
 
-    Padding (id 0) sees padding only. Scores of `chunk` queries exist at a time; 0: of all. The
-    queries may be those of some positions of the row only, from `first` on.
-    """
-    count = query.shape[1]
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    own_ids, own_index = (
-        jax.lax.dynamic_slice_in_dim(x, first, count, axis=1) for x in (segment_ids, index)
-    )
+    def one(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
-    def queries(part: Array, part_ids: Array, part_index: Array) -> Array:
-        same = part_ids[:, :, None] == segment_ids[:, None, :]
-        return attend(part, key, value, same & (index[:, None, :] <= part_index[:, :, None]))
-
-    return map_chunks(queries, (query, own_ids, own_index), chunk=chunk)
+    return jax.tree.map(one, tree)
 
 
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:

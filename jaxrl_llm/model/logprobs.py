@@ -1,12 +1,21 @@
-"""Log-probabilities of given tokens, taken from hidden states without ever holding [B, S, V]."""
+"""Log-probabilities of given tokens, taken from hidden states without ever holding [B, S, V].
+
+The gradient is written out: it takes two passes over the logits of a chunk, which it computes again
+from their log-sum-exp, where differentiation would keep or recompute each step of the softmax.
+
+Shapes: B rows, S positions of each, C of them at a time, N = B C, D width, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.model.layers import map_chunks
-from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout
+from jaxrl_llm.model.layers import join_chunks, split_chunks
+from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout, alike
 
 Array = jax.Array
 
@@ -31,7 +40,8 @@ def token_logprobs(
       unembed: f32[D, V].
       targets: i32[B, S].
       temperature: above 0; that of the sampling, so that mu and pi are the same kind of thing.
-      chunk: positions whose logits, f32[B, chunk, V], exist at a time, in the gradient too.
+      chunk: positions whose logits, f32[B, chunk, V], exist at a time, in the gradient too. One
+        that holds all positions computes nothing again: the logits are kept.
       layout: how the arrays are split: hidden and targets as a batch, the head by its rules.
 
     Returns:
@@ -43,11 +53,8 @@ def token_logprobs(
     def share(hidden: Array, unembed: Array, targets: Array) -> tuple[Array, Array]:
         head = layout.whole(unembed, HEAD)  # f32[D, this device's part of V]
         local = targets - layout.share("vocab") * head.shape[1]
-
-        def positions(part: Array, wanted: Array) -> tuple[Array, Array]:
-            return _logprobs(part, head, wanted, temperature, layout)
-
-        return map_chunks(positions, (hidden, local), chunk=chunk)
+        operands = layout.vary((hidden, head), (*TOKEN_AXES, *layout.axes("vocab")))
+        return _logprobs(temperature, chunk, layout, *operands, local)
 
     tokens = layout.tokens
     return layout.shard(share, (tokens, layout.spec(HEAD), tokens), tokens)(
@@ -55,56 +62,112 @@ def token_logprobs(
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _logprobs(
-    hidden: Array, head: Array, targets: Array, temperature: float, layout: Layout
+    temperature: float, chunk: int, layout: Layout, hidden: Array, head: Array, targets: Array
 ) -> tuple[Array, Array]:
     """targets: ids from the first one of this device's part of the vocabulary."""
-    operands = (hidden.reshape(-1, hidden.shape[-1]), head)
-    flat, head = layout.vary(operands, (*TOKEN_AXES, *layout.axes("vocab")))
-    if flat.dtype == jnp.bfloat16:
-        logits = _product(flat, head) / temperature
-    else:  # accelerators round float32 factors to fewer bits unless told not to
-        logits = jnp.matmul(flat, head, precision=jax.lax.Precision.HIGHEST) / temperature
-    # From here on no large numbers cancel: the entropy of a confident policy stays exact.
-    log_shares = _log_softmax(logits, layout)
-    # A comparison and a sum instead of an index: its gradient is no scatter.
-    chosen = jnp.arange(logits.shape[-1]) == targets.reshape(-1, 1)
-    logprobs = jnp.sum(jnp.where(chosen, log_shares, 0.0), axis=-1)
-    entropy = -jnp.sum(jnp.exp(log_shares) * log_shares, axis=-1)
-    both = layout.total(jnp.stack([logprobs, entropy]), "vocab")
-    return both[0].reshape(targets.shape), both[1].reshape(targets.shape)
+    return _forward(temperature, chunk, layout, hidden, head, targets)[0]
 
 
-@jax.custom_vjp
-def _product(x: Array, matrix: Array) -> Array:
-    """bf16[N, D] @ f32[D, V] -> f32[N, V], the matrix to 16 bits: as the sum of two in bfloat16.
+def _forward(
+    temperature: float, chunk: int, layout: Layout, hidden: Array, head: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+    length = hidden.shape[1]
+
+    def part(arrays: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array]:
+        flat, wanted = arrays[0].reshape(-1, hidden.shape[-1]), arrays[1]
+        logits = _logits(flat, head, temperature)
+        largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        if axes := layout.axes("vocab"):
+            largest = jax.lax.pmax(largest, axes)
+        # From here on no large numbers cancel: the entropy of a confident policy stays exact.
+        shifted = logits - largest
+        exponentials = jnp.exp(shifted)
+        sums = [
+            jnp.sum(exponentials, axis=-1),
+            jnp.sum(exponentials * shifted, axis=-1),
+            jnp.sum(jnp.where(_chosen(wanted, logits), shifted, 0.0), axis=-1),
+        ]
+        total, weighted, target = layout.total(jnp.stack(sums), "vocab")
+        log_total = jnp.log(total)
+        found = target - log_total, log_total - weighted / total, largest[:, 0] + log_total
+        return tuple(x.reshape(wanted.shape) for x in found), logits
+
+    logits = None
+    if chunk >= length:
+        numbers, logits = part((hidden, targets))
+    else:
+        parts = split_chunks((hidden, targets), chunk)
+        numbers = join_chunks(jax.lax.map(lambda arrays: part(arrays)[0], parts), length)
+    logprobs, entropy, logsumexp = numbers
+    return (logprobs, entropy), (hidden, head, targets, entropy, logsumexp, logits)
+
+
+def _backward(
+    temperature: float,
+    chunk: int,
+    layout: Layout,
+    saved: tuple[Any, ...],
+    gradients: tuple[Array, Array],
+) -> tuple[Array, Array, None]:
+    hidden, head, targets, entropy, logsumexp, logits = saved
+
+    def part(arrays: tuple[Array, ...], logits: Array | None) -> tuple[Array, Array]:
+        hidden, wanted, *numbers = arrays
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        to_logprob, to_entropy, entropy, logsumexp = (x.reshape(-1, 1) for x in numbers)
+        if logits is None:
+            logits = _logits(flat, head, temperature)
+        log_shares = logits - logsumexp
+        pull = to_logprob + to_entropy * (log_shares + entropy)
+        to_logits = jnp.where(_chosen(wanted, logits), to_logprob, 0.0) - jnp.exp(log_shares) * pull
+        to_hidden, to_head = _to_factors(flat, head, to_logits / temperature)
+        return to_hidden.reshape(hidden.shape), to_head
+
+    numbers = alike((*gradients, entropy, logsumexp), hidden)
+    arrays = (hidden, targets, *numbers)
+    if logits is not None:
+        return *part(arrays, logits), None
+
+    def add(total: Array, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+        to_hidden, to_head = part(arrays, None)
+        return total + to_head, to_hidden
+
+    to_head, parts = jax.lax.scan(add, jnp.zeros_like(head), split_chunks(arrays, chunk))
+    return join_chunks(parts, hidden.shape[1]), to_head, None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+def _chosen(targets: Array, logits: Array) -> Array:
+    """bool[N, V], where the targets are: a comparison, whose gradient is no scatter."""
+    return jnp.arange(logits.shape[-1]) == targets.reshape(-1, 1)
+
+
+def _logits(x: Array, head: Array, temperature: float) -> Array:
+    """f32[N, V]. With x in bfloat16, the head to 16 bits: as the sum of two in bfloat16.
 
     x has no more bits to lose. A product in float32 takes a TPU six passes over bfloat16 parts,
     most of them of bits that are not there; this takes two, and its gradients, which are rounded
     to bfloat16 as all others are, one each.
     """
+    if x.dtype != jnp.bfloat16:
+        # Accelerators round float32 factors to fewer bits unless told not to.
+        return jnp.matmul(x, head, precision=jax.lax.Precision.HIGHEST) / temperature
     # By its name: the compiler may take a cast there and back for no rounding at all.
-    high = jax.lax.reduce_precision(matrix, exponent_bits=8, mantissa_bits=7)
-    parts = (high.astype(x.dtype), (matrix - high).astype(x.dtype))
+    high = jax.lax.reduce_precision(head, exponent_bits=8, mantissa_bits=7)
+    parts = (high.astype(x.dtype), (head - high).astype(x.dtype))
     one, other = (jnp.matmul(x, part, preferred_element_type=jnp.float32) for part in parts)
-    return one + other
+    return (one + other) / temperature
 
 
-def _product_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, matrix = operands
+def _to_factors(x: Array, head: Array, gradient: Array) -> tuple[Array, Array]:
+    """The gradients of _logits() at temperature 1, of the dtypes of x and head."""
+    if x.dtype != jnp.bfloat16:
+        product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        return product(gradient, head.T).astype(x.dtype), product(x.T, gradient)
     rounded = gradient.astype(x.dtype)
-    to_x = jnp.matmul(rounded, matrix.astype(x.dtype).T)
-    return to_x, jnp.matmul(x.T, rounded, preferred_element_type=jnp.float32)
-
-
-_product.defvjp(lambda x, matrix: (_product(x, matrix), (x, matrix)), _product_backward)
-
-
-def _log_softmax(logits: Array, layout: Layout) -> Array:
-    """Over the last dimension, of which this device has a part."""
-    if not (axes := layout.axes("vocab")):
-        return jax.nn.log_softmax(logits, axis=-1)
-    largest = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits), axis=-1, keepdims=True), axes)
-    shifted = logits - largest
-    total = layout.total(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True), "vocab")
-    return shifted - jnp.log(total)
+    to_head = jnp.matmul(x.T, rounded, preferred_element_type=jnp.float32)
+    return jnp.matmul(rounded, head.astype(x.dtype).T), to_head

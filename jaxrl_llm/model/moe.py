@@ -56,10 +56,8 @@ def route(
 
 
 def router_logits(x: Array, router: Array) -> Array:
-    """x[..., D] @ router[D, E] in float32 -> f32[..., E]; a rounded logit flips choices."""
-    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    logits = jnp.matmul(flat, router, precision=jax.lax.Precision.HIGHEST)
-    return logits.reshape(*x.shape[:-1], router.shape[-1])
+    """x[N, D] @ router[D, E] in float32 -> f32[N, E]; a rounded logit flips choices."""
+    return jnp.matmul(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
 
 
 def dispatch(

@@ -29,11 +29,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxrl_llm.arrays import ForwardOutput, ReplayedRoutes, RouterOutput
+from jaxrl_llm.model.attention import ATTENTION, blocked_attention, segment_attention
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
-from jaxrl_llm.model.kernels import ATTENTION, choose_attention, cudnn_attention, splash_attention
-from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, segment_attention, swiglu
+from jaxrl_llm.model.kernels import (
+    check_attention,
+    choose_attention,
+    cudnn_attention,
+    splash_attention,
+)
+from jaxrl_llm.model.layers import linear, rms_norm, rotary_table, rotate, swiglu
 from jaxrl_llm.model.moe import check_dispatch, dispatch, route, router_logits
-from jaxrl_llm.sharding import ONE_DEVICE, Layout
+from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout, alike
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -50,15 +56,23 @@ class Setup:
     compute: ComputeConfig
     layout: Layout = ONE_DEVICE
 
-    def weight(self, *params: nnx.Param) -> Array:
-        """One layer's matrix in the compute dtype, its width gathered and else this device's share.
+    def weights(self, *params: nnx.Param) -> list[Array]:
+        """One layer's matrices in the compute dtype, gathered along the width; else this device's
+        shares.
 
-        Cast first: half the bytes travel, of the matrix and of its gradient. Several matrices of
-        the same dimensions travel as one, side by side.
+        Cast first: half the bytes travel, of a matrix and of its gradient. Several matrices, of the
+        same dimensions, travel as one, side by side.
         """
         names = tuple(name for name in params[0].axes if name != "layers")
         matrices = [param[...].astype(self.compute.dtype) for param in params]
-        return self.layout.whole(jnp.concatenate(matrices, axis=-1), names)
+        if not self.layout.gathers(names):  # left as they are, the gradient keeps no copy of them
+            return self.layout.vary(matrices, TOKEN_AXES)
+        whole = self.layout.whole(jnp.concatenate(matrices, axis=-1), names)
+        return jnp.split(whole, len(matrices), axis=-1)
+
+    def weight(self, param: nnx.Param) -> Array:
+        """One matrix, as weights() has it."""
+        return self.weights(param)[0]
 
 
 def _matrix(rngs: nnx.Rngs, sizes: Sizes, *, fan_in: int) -> nnx.Param:
@@ -89,9 +103,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, rotary: Rotary, segment_ids: Array) -> Array:
         config, layout = self.setup.config, self.setup.layout
+        flat = x.reshape(-1, x.shape[-1])  # once, or the gradient keeps it three times
 
         def heads(matrix: nnx.Param) -> Array:
-            return linear(x, self.setup.weight(matrix)).reshape(*x.shape[:-1], -1, config.head_dim)
+            projected = linear(flat, self.setup.weight(matrix))
+            return projected.reshape(*x.shape[:-1], -1, config.head_dim)
 
         query = rotate(rms_norm(heads(self.q), self.q_norm[...], config.norm_eps), rotary)
         key = rotate(rms_norm(heads(self.k), self.k_norm[...], config.norm_eps), rotary)
@@ -104,19 +120,18 @@ class Attention(nnx.Module):
                 for part in (key, value, segment_ids)
             )
             first = jax.lax.axis_index(context) * x.shape[1]
-        match choose_attention(self.setup.compute, layout, head_dim=config.head_dim):
+        compute, length = self.setup.compute, segment_ids.shape[1]
+        match choose_attention(compute, layout, head_dim=config.head_dim, length=length):
             case "splash":
                 attended = splash_attention(query, key, value, segment_ids, layout)
             case "cudnn":
                 attended = cudnn_attention(query, key, value, segment_ids, layout)
+            case "blocked":
+                operands = alike((query, key, value, segment_ids, jnp.asarray(first)))
+                attended = blocked_attention(*operands)
             case _:
                 attended = segment_attention(
-                    query,
-                    key,
-                    value,
-                    segment_ids,
-                    chunk=self.setup.compute.attention_chunk,
-                    first=first,
+                    query, key, value, segment_ids, chunk=compute.attention_chunk, first=first
                 )
         output = linear(attended.reshape(*x.shape[:-1], -1), self.setup.weight(self.o))
         return layout.total(output, "heads")
@@ -156,15 +171,17 @@ class MoeMlp(nnx.Module):
 
     def __call__(self, x: Array, replayed: ReplayedRoutes | None) -> tuple[Array, RouterOutput]:
         setup, moe = self.setup, self.setup.config.moe
+        flat = x.reshape(-1, x.shape[-1])
+        logits = router_logits(flat, setup.layout.whole(self.router[...], ("embed", None)))
         router = route(
-            router_logits(x, setup.layout.whole(self.router[...], ("embed", None))),
+            logits.reshape(*x.shape[:-1], -1),
             moe.experts_per_token,
             replayed,
             normalize=moe.normalize_weights,
         )
-        gate, up = jnp.split(setup.weight(self.gate, self.up), 2, axis=-1)
+        gate, up = setup.weights(self.gate, self.up)
         output = dispatch(
-            x.reshape(-1, x.shape[-1]),
+            flat,
             router.experts.reshape(-1, moe.experts_per_token),
             router.weights.reshape(-1, moe.experts_per_token),
             {"gate": gate, "up": up, "down": setup.weight(self.down)},
@@ -305,7 +322,7 @@ def make_forward(
     Raises ValueError when heads do not divide over the mesh, when this backend lacks a kernel that
     `compute` names, and, from forward, when replayed routes or gates have another shape.
     """
-    choose_attention(compute, layout, head_dim=config.head_dim)
+    check_attention(compute, layout, head_dim=config.head_dim)
     check_dispatch(compute.dispatch, layout, widths=(config.width, config.moe.expert_width))
     parts = layout.size(layout.axes("heads"))
     for name, count in (("num_heads", config.num_heads), ("num_kv_heads", config.num_kv_heads)):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.model import kernels
+from jaxrl_llm.model.attention import segment_attention
 from jaxrl_llm.model.config import Attention, ComputeConfig, ModelConfig, MoEConfig
 from jaxrl_llm.model.kernels import (
     choose_attention,
@@ -17,7 +18,6 @@ from jaxrl_llm.model.kernels import (
     grouped_product,
     splash_attention,
 )
-from jaxrl_llm.model.layers import segment_attention
 from jaxrl_llm.model.transformer import init_params, make_forward, parameter_axes
 from jaxrl_llm.sharding import (
     ONE_DEVICE,
@@ -212,23 +212,25 @@ def elsewhere(platform: str) -> Layout:
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "head_dim", "chosen"),
+    ("platform", "dtype", "head_dim", "length", "chosen"),
     [
-        ("cpu", "bfloat16", 128, "plain"),
-        ("tpu", "float32", 128, "splash"),
-        ("tpu", "bfloat16", 64, "plain"),
-        ("gpu", "bfloat16", 64, "cudnn"),
-        ("gpu", "float32", 128, "plain"),
-        ("gpu", "bfloat16", 256, "plain"),
+        ("cpu", "bfloat16", 128, 256, "plain"),
+        ("cpu", "bfloat16", 128, 257, "blocked"),
+        ("tpu", "float32", 128, 8, "splash"),
+        ("tpu", "bfloat16", 64, 8, "plain"),
+        ("gpu", "bfloat16", 64, 8, "cudnn"),
+        ("gpu", "float32", 128, 8, "plain"),
+        ("gpu", "bfloat16", 256, 8, "plain"),
     ],
 )
 def test_auto_takes_a_kernel_where_there_is_one(
-    platform: str, dtype: Any, head_dim: int, chosen: Attention
+    platform: str, dtype: Any, head_dim: int, length: int, chosen: Attention
 ) -> None:
     layout, compute = elsewhere(platform), ComputeConfig(dtype=dtype)
-    assert choose_attention(compute, layout, head_dim=head_dim) == chosen
+    sizes = {"head_dim": head_dim, "length": length}
+    assert choose_attention(compute, layout, **sizes) == chosen
     plain = dataclasses.replace(compute, attention="plain")
-    assert choose_attention(plain, layout, head_dim=head_dim) == "plain"
+    assert choose_attention(plain, layout, **sizes) == "plain"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_auto_takes_a_kernel_where_there_is_one(
         ("gpu", {"attention": "splash"}, "attention is splash, a kernel for TPUs .* this is a gpu"),
         ("tpu", {"attention": "splash"}, "multiple of 128, and model.head_dim is 4; use auto, or"),
         ("tpu", {"attention": "cudnn"}, "attention is cudnn, a library for NVIDIA GPUs, .* a tpu"),
-        ("gpu", {"attention": "cudnn"}, "learner.compute.dtype is float32; use auto, or plain"),
+        ("gpu", {"attention": "cudnn"}, "learner.compute.dtype is float32; use auto, or blocked"),
         (
             "gpu",
             {"attention": "cudnn", "dtype": "bfloat16"},

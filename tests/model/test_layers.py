@@ -28,6 +28,20 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32() -> None:
     np.testing.assert_allclose(np.asarray(normed, np.float64), wanted, rtol=2.0**-8)
 
 
+def test_the_gradient_of_rms_norm_is_that_of_its_definition() -> None:
+    x, scale, probe = normal(3, 5, 8) * 10, normal(8, seed=1), normal(3, 5, 8, seed=2)
+
+    def plain(x: jax.Array, scale: jax.Array) -> jax.Array:
+        mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return jnp.sum(probe * x / jnp.sqrt(mean + 1e-2) * scale)
+
+    def ours(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return jnp.sum(probe * layers.rms_norm(x, scale, 1e-2))
+
+    found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, scale) for f in (ours, plain))
+    assert_close(found, wanted, 1e-5)
+
+
 def test_rotation_equals_the_reference_and_is_one() -> None:
     heads, positions = normal(2, 3, 2, 8), np.array([[0, 1, 7], [4000, 2, 30000]], np.int32)
     rotated = layers.rotate(heads, layers.rotary_table(positions, 8, 1e4))
@@ -39,38 +53,6 @@ def test_rotation_equals_the_reference_and_is_one() -> None:
     np.testing.assert_allclose(
         np.linalg.norm(rotated, axis=-1), np.linalg.norm(heads, axis=-1), rtol=1e-5
     )
-
-
-def test_grouped_attention_equals_a_loop_over_heads() -> None:
-    query, key, value = normal(2, 3, 6, 4), normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
-    visible = np.random.default_rng(3).random((2, 3, 5)) < 0.5
-    visible[..., 0] = True
-    output = jax.jit(layers.attend)(query, key, value, visible)
-    for b, q, h in np.ndindex(2, 3, 6):
-        scores = key[b, :, h // 3].astype(np.float64) @ query[b, q, h] / 2
-        shares = reference.softmax(np.where(visible[b, q], scores, -np.inf))
-        np.testing.assert_allclose(output[b, q, h], shares @ value[b, :, h // 3], rtol=1e-4)
-
-
-def test_a_query_that_sees_nothing_is_finite() -> None:
-    visible = np.zeros((1, 2, 2), bool)
-    gradient_of = jax.jit(jax.value_and_grad(lambda q: jnp.sum(layers.attend(q, q, q, visible))))
-    output, gradient = gradient_of(normal(1, 2, 1, 4))
-    assert np.isfinite(output)
-    assert np.all(np.isfinite(gradient))
-
-
-def test_chunks_of_queries_change_neither_value_nor_gradient() -> None:
-    arrays = normal(2, 7, 4, 4), normal(2, 7, 2, 4, seed=1), normal(2, 7, 2, 4, seed=2)
-    segment_ids = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
-    probe = normal(2, 7, 4, 4, seed=3)
-
-    def total(chunk: int, *qkv: jax.Array) -> jax.Array:
-        return jnp.sum(probe * layers.segment_attention(*qkv, segment_ids, chunk=chunk))
-
-    gradient = jax.jit(jax.value_and_grad(total, argnums=(1, 2, 3)), static_argnums=0)
-    assert_close(gradient(3, *arrays), gradient(0, *arrays), 1e-5)
-    np.testing.assert_array_equal(gradient(7, *arrays)[0], gradient(0, *arrays)[0])
 
 
 def test_map_chunks_joins_outputs_of_any_rank() -> None:

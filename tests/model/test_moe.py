@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm.arrays import NO_ROUTE, ReplayedRoutes
 from jaxrl_llm.model import grouped, moe
+from jaxrl_llm.model.assignments import sort_by_expert
 from jaxrl_llm.model.config import Dispatch
 from jaxrl_llm.sharding import (
     BATCH_AXES,
@@ -117,7 +118,7 @@ def test_the_gate_gradient_reaches_the_router_at_the_replayed_ids(normalize: boo
 
 
 def test_router_logits_are_float32_whatever_the_input() -> None:
-    x, router = jnp.asarray(normal(2, 3, WIDTH), jnp.bfloat16), normal(WIDTH, EXPERTS, seed=1)
+    x, router = jnp.asarray(normal(6, WIDTH), jnp.bfloat16), normal(WIDTH, EXPERTS, seed=1)
     logits = moe.router_logits(x, router)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, np.asarray(x, np.float64) @ router, atol=1e-5)
@@ -294,13 +295,13 @@ def test_auto_picks_by_platform_and_batch(
 
 
 @pytest.mark.parametrize(
-    ("assignments", "block"), [(1, 8), (8 * 64, 8), (8 * 256, 32), (8 * 3072, 256), (10**7, 256)]
+    ("assignments", "rows"), [(1, 8), (8 * 64, 8), (8 * 256, 32), (8 * 3072, 128), (10**7, 128)]
 )
-def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, block: int) -> None:
-    assert grouped._block_size(assignments, EXPERTS) == block
+def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, rows: int) -> None:
+    assert grouped._block_rows(assignments, EXPERTS) == (4 * rows, rows)
 
 
 def test_more_assignments_than_a_sort_key_can_hold_are_refused() -> None:
     shape = jax.ShapeDtypeStruct((2**24, 16), jnp.int32)
     with pytest.raises(ValueError, match="smaller micro-batches"):
-        jax.eval_shape(partial(grouped.sort_by_expert, num_experts=8, block=8), shape)
+        jax.eval_shape(partial(sort_by_expert, num_experts=8), shape)

@@ -299,7 +299,9 @@ def test_remat_keeps_only_the_input_of_a_layer() -> None:
     assert stacked(block) == {hidden, router, (2, 3, 6, 2)}
     products = (2, 18, TINY.width)
     assert products in stacked(ComputeConfig(remat="dots"))
-    assert (2, 3, 6, TINY.num_heads, 1) in stacked(FLOAT32)
+    kept = stacked(FLOAT32)
+    assert (2, 3, 6, TINY.num_heads, TINY.head_dim) in kept  # queries before their norm
+    assert (2, 3, 6, TINY.num_heads, 1) not in kept  # which is computed again all the same
 
 
 def test_bfloat16_stays_near_and_keeps_the_router_in_float32() -> None:

@@ -23,18 +23,22 @@ FAILED = 1
 """Exit status where a row failed. A figure that misses what is wanted is a result, no failure."""
 WIDTH = 110
 """Columns of what is printed into a file or a pipe."""
+LEGEND = (
+    "Every figure is the median over rounds in which all contestants of a row take turns, and a "
+    "ratio the median of the rounds' ratios. Of roof: against the matrix product or the copy of "
+    "the same rounds. Wanted with ~: it is enough that one round was so, the rest is noise."
+)
 
 
 def run_bench(config: BenchConfig, console: Console) -> int:
     """Measures the rows of the config, prints a table of each as it ends, and writes the JSON."""
     if not console.is_terminal:
         console.width = WIDTH
-    added = additions(os.environ, peer=config.peer is not None)
-    os.environ.update(added)  # for the processes to come
+    # For the processes to come.
+    os.environ.update(additions(os.environ, peer=config.peer is not None))
     machine = in_fresh_process(_facts)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
-    for name, text in added.items():
-        console.print(f"set for all that is measured: {name}={text}", markup=False)
+    console.print(LEGEND)
     results = []
     for row in config.rows or get_args(Row):
         console.print(f"\nMeasuring {row} ...")
@@ -43,7 +47,7 @@ def run_bench(config: BenchConfig, console: Console) -> int:
     _summarise(results, console)
     if config.json is not None:
         settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        values = to_json(machine | {"set": added}, settings, results)
+        values = to_json(machine, settings, results)
         config.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         console.print(f"Written: {config.json}", soft_wrap=True)
     return FAILED if any(result.error for result in results) else 0

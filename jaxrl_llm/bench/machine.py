@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 
 PACKAGES = ("jax", "jaxlib", "torch", "transformers")
+VARIABLES = ("GLIBC_TUNABLES", "JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS")
+"""Of the environment: what changes how fast both sides are."""
 
 
 def machine_facts() -> dict[str, str | int]:
@@ -30,6 +32,7 @@ def machine_facts() -> dict[str, str | int]:
             facts[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "not installed"
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     return facts | {"commit": _commit(Path(__file__).parent)}
 
 

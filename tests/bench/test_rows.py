@@ -168,6 +168,7 @@ def test_decode() -> None:
         "speed, float32 / peer's generate": ">= 2",
         "speed, unequal lengths / equal lengths": ">= 0.8",
     }
+    assert list(figures)[:5] == [*ROOF, "limit", "float32", "float32, of its limit"]
     assert "equal lengths, 4 requests of 8" in figures
     assert "unequal lengths, 1 to 15" in figures
     assert "The peer's fastest mode: only mode." in findings.notes

@@ -117,10 +117,10 @@ def _speeds(config: BenchConfig, turns: Turns, roof: Roof) -> list[Figure]:
     sizes, model = config.decode, config.learner.model
     tokens = sizes.slots * sizes.new_tokens
     finest, *others = get_args(Precision)
-    figures = []
+    limits = _limits(model, config, roof, turns)
+    figures = [figure("limit", [tokens / seconds for seconds in limits], "tokens/s")]
     for name in (finest, *others, PEER):
         if name in turns.taken:
-            limits = _limits(model, config, roof, turns)
             share = [a / b for a, b in zip(limits, turns.taken[name], strict=False)]
             speed = turns.rate(name, tokens)
             shown = name if name in (finest, PEER) else f"{name} (simulated)"
@@ -198,9 +198,9 @@ def _notes(config: BenchConfig, mode: str) -> tuple[str, ...]:
         "temperature 1 from all of the vocabulary; the prompts' time is in it."
     )
     limit = (
-        "Of roof: the limit over the time. Limit of a step: its model FLOPs at the product's rate, "
-        "or all weights and the keys and values so far (4 bytes a number) at the copy's, whichever "
-        "takes longer; of prompts, their model FLOPs."
+        "Of roof: the limit's time over that taken. Limit of a step: its model FLOPs at the "
+        "product's rate, or all weights and the keys and values so far (4 bytes a number) at the "
+        "copy's, whichever takes longer; of prompts, their model FLOPs."
     )
     lengths = (
         f"Equal against unequal lengths: {sizes.waves * sizes.slots} requests for {sizes.slots} "

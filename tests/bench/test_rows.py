@@ -11,7 +11,7 @@ import pytest
 from jaxrl_llm.bench.config import BenchConfig, DecodeSizes
 from jaxrl_llm.bench.figures import Figure, Findings
 from jaxrl_llm.bench.measure import Turns
-from jaxrl_llm.bench.roof import COPY, PRODUCT, make_roof
+from jaxrl_llm.bench.roof import COPIES, COPY, PRODUCT, make_roof
 from jaxrl_llm.bench.rows import cost, decode, logprobs, publish, replay, start, update
 from jaxrl_llm.bench.rows import slice as slice_row
 from jaxrl_llm.bench.workload import Trainee, make_setup, make_tokens
@@ -88,7 +88,8 @@ def test_the_share_of_the_roof_is_model_flops_over_the_products() -> None:
     turns = Turns({PRODUCT: (1.0, 2.0), COPY: (1.0, 1.0), "work": (4.0, 4.0)})
     assert roof.flops == 2 * 64**3
     assert roof.of_product(turns, "work", roof.flops) == [0.25, 0.5]
-    assert roof.of_copy(turns, "work", 2 * 2**20) == [0.25, 0.25]
+    assert roof.bytes == COPIES * 2 * 2**20
+    assert roof.of_copy(turns, "work", roof.bytes) == [0.25, 0.25]
 
 
 def test_cost() -> None:

@@ -5,8 +5,9 @@ numerics (precision.py). It is written apart from the learner's on purpose: cach
 incremental, with every factor of a linear layer quantised. What it is not: a scheduler; which
 request sits in which row is local.py's business.
 
-Every expert meets every token, and a token's gate values are zero for the rest. At the sizes of
-in-process experiments this is the fastest way; for large models it pays E / K times the arithmetic.
+The weights are read as the learner has them (precision.pack_weights). Tokens are sorted by expert,
+and each expert multiplies its own in blocks of rows; in small models every expert meets every
+token. Attention reads the cache in blocks of positions, up to the last one that any row needs.
 
 Shapes: B rows computed together, C tokens of each; R rows of the KV cache, M positions of each; D
 width, H query heads, KV key and value heads, P head size, E experts, K experts per token, F width
@@ -16,21 +17,38 @@ of an expert, L MoE layers, n layers of a segment, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_llm.model.assignments import (
+    Order,
+    from_rows,
+    sort_by_expert,
+    to_rows,
+    weights_of_rows,
+)
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.layers import attend, rms_norm, rotary_table, rotate
+from jaxrl_llm.model.layers import rms_norm, rotary_table, rotate
 from jaxrl_llm.model.moe import route
+from jaxrl_llm.model.transformer import unembed
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, quantize, round_wide
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, sample
 
 Array = jax.Array
 Cache = dict[str, tuple[Array, Array]]
-"""Keys and values of each segment, f32[n, R, M, KV, P] each."""
+"""Of each segment keys f32[n, Z, R, KV, P, S] and values f32[n, Z, R, KV, S, P]: Z blocks of S
+positions, each in one piece of memory, whose rows are the right factors of products as they lie."""
+
+BLOCK = 64
+"""Positions of a block of the cache."""
+
+FEW = 2**24
+"""Up to so many products of a token's value with an expert's column all experts meet all tokens: a
+loop over the experts' blocks takes longer for its many small steps."""
 
 
 @jax.tree_util.register_dataclass
@@ -61,11 +79,17 @@ class Decoded:
 def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
     """A KV cache of zeros for `rows` rows of `length` positions."""
 
-    def zeros(layers: int) -> Array:
-        return jnp.zeros((layers, rows, length, model.num_kv_heads, model.head_dim))
+    block = min(length, BLOCK)
+    blocks = -(-length // block)
+
+    def zeros(layers: int, *last: int) -> Array:
+        return jnp.zeros((layers, blocks, rows, model.num_kv_heads, *last))
 
     return {
-        f"{index:02}": (zeros(layers), zeros(layers))
+        f"{index:02}": (
+            zeros(layers, model.head_dim, block),
+            zeros(layers, block, model.head_dim),
+        )
         for index, (_, layers) in enumerate(model.segments)
     }
 
@@ -77,16 +101,14 @@ def prefill(
     """Consume tokens of prompts without sampling.
 
     Args:
-      tokens: i32[B, C]; columns beyond a prompt's end hold any token.
+      tokens: i32[B, C]; -1 in columns beyond a prompt's end.
       start: i32[], position of the first column.
       rows: i32[B] of the cache; a row that does not exist drops its writes.
-
-    What columns beyond the end leave in the cache is overwritten before it is ever seen.
 
     Returns:
       the cache and routes i16[B, C, L, K].
     """
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = jnp.where(tokens < 0, -1, start + jnp.arange(tokens.shape[1]))
     cache, _, routes = extend(weights, cache, tokens, positions, rows, numerics=numerics)
     return cache, routes
 
@@ -117,10 +139,11 @@ def decode(
 
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, cache, active, token, position, made = carry
+        place = jnp.where(active, position, -1)[:, None]
         cache, hidden, routes = extend(
-            weights, cache, token[:, None], position[:, None], None, numerics=numerics
+            weights, cache, token[:, None], place, None, numerics=numerics
         )
-        logits = _product(hidden[:, 0], weights["head"])
+        logits = _product(hidden[:, 0], unembed(weights, model))
         sampled, logprobs = sample(logits, position, slots.samplers)
         new = (sampled, logprobs, routes[:, 0])
         made = tuple(whole.at[step].set(part) for whole, part in zip(made, new, strict=True))
@@ -140,7 +163,7 @@ class _Place:
     """Where tokens [B, C] sit; the same for all layers."""
 
     rows: Array | None  # i32[B] of the cache; None: row b is b
-    positions: Array  # i32[B, C]
+    positions: Array  # i32[B, C], -1 where there is no token
     rotary: tuple[Array, Array]  # f32[B, C, P / 2] each
 
 
@@ -156,7 +179,8 @@ def extend(
     """The model on tokens i32[B, C], which enter the cache and attend to it; not jitted.
 
     Args:
-      positions: i32[B, C]; those before them are in the cache already.
+      positions: i32[B, C]; those before them are in the cache already. -1 where there is no token:
+        nothing is written for it, and what comes out for it means nothing.
       rows: i32[B] of the cache, a row that does not exist drops its writes; None: row b is b.
 
     Returns:
@@ -165,28 +189,33 @@ def extend(
     model, precision = numerics.model, numerics.precision
     place = _Place(rows, positions, rotary_table(positions, model.head_dim, model.rope_theta))
 
-    def layer(carry: tuple[Array, Array, Array], xs: tuple[Array, Weights]) -> tuple[Any, Any]:
-        hidden, keys, values = carry
-        index, block = xs
-        normed = _norm(hidden, block["attention_norm"], numerics)
+    def layers(blocks: Weights, carry: tuple[Any, ...], index: Array) -> tuple[Any, Any]:
+        hidden, stored = carry
+        block = _at(blocks["attention"], index)
+        normed = _norm(hidden, blocks["attention_norm"][index], numerics)
         query, key, value = _project(normed, place.rotary, block, numerics)
-        keys, values = _store(keys, key, index, place), _store(values, value, index, place)
-        change = _attend(query, (keys[index], values[index]), place, block, precision)
+        stored = _store(stored, (key, value), index, place)
+        change = _linear(_attend(query, stored, index, place), block["o"], precision)
         hidden = round_wide(hidden + change, precision)
-        change, routes = _mlp(_norm(hidden, block["mlp_norm"], numerics), block, numerics)
-        return (round_wide(hidden + change, precision), keys, values), routes
+        normed = _norm(hidden, blocks["mlp_norm"][index], numerics)
+        change, routes = _mlp(normed, positions >= 0, blocks["mlp"], index, numerics)
+        return (round_wide(hidden + change, precision), stored), routes
 
     hidden, routes = weights["embed"][tokens], []
     # Accelerators round float32 factors unless told not to; the grids are finer than that.
     with jax.default_matmul_precision("highest"):
         for name, blocks in weights["segments"].items():
-            indices = jnp.arange(blocks["o"].shape[0])
-            carry, chosen = jax.lax.scan(layer, (hidden, *cache[name]), (indices, blocks))
-            hidden, keys, values = carry
-            cache = {**cache, name: (keys, values)}
+            # Not slices of the weights as the loop's inputs: each would be copied whole.
+            indices = jnp.arange(blocks["mlp_norm"].shape[0])
+            carry, chosen = jax.lax.scan(partial(layers, blocks), (hidden, cache[name]), indices)
+            hidden, cache = carry[0], {**cache, name: carry[1]}
             routes += [] if chosen is None else [chosen]
     hidden = _norm(hidden, weights["final_norm"], numerics)
     return cache, hidden, jnp.moveaxis(jnp.concatenate(routes), 0, 2)
+
+
+def _at(tree: Weights, index: Array) -> Weights:
+    return {name: leaf[index] for name, leaf in tree.items()}
 
 
 def _norm(x: Array, scale: Array, numerics: Numerics) -> Array:
@@ -197,51 +226,150 @@ def _project(
     x: Array, rotary: tuple[Array, Array], block: Weights, numerics: Numerics
 ) -> tuple[Array, Array, Array]:
     """Query [B, C, H, P], key and value [B, C, KV, P] of x[B, C, D]; the first two rotated."""
-    model, precision = numerics.model, numerics.precision
-    qkv = _linear(x, block["qkv"], precision).reshape(*x.shape[:-1], -1, model.head_dim)
-    heads, kv_heads = model.num_heads, model.num_kv_heads
-    query, key, value = jnp.split(qkv, (heads, heads + kv_heads), axis=-2)
+    precision = numerics.precision
+    x = quantize(x, precision, axis=-1)
+    query, key, value = (
+        round_wide(_product(x, block[name]), precision).reshape(
+            *x.shape[:-1], -1, numerics.model.head_dim
+        )
+        for name in "qkv"
+    )
     query = round_wide(rotate(_norm(query, block["q_norm"], numerics), rotary), precision)
     key = round_wide(rotate(_norm(key, block["k_norm"], numerics), rotary), precision)
     return query, key, value
 
 
-def _store(stored: Array, new: Array, layer: Array, place: _Place) -> Array:
-    """Put new [B, C, KV, P] at its place in one layer of the cache [n, R, M, KV, P]."""
-    rows = jnp.arange(stored.shape[1]) if place.rows is None else place.rows
-    return stored.at[layer, rows[:, None], place.positions].set(new, mode="drop")
+def _store(
+    stored: tuple[Array, Array], new: tuple[Array, Array], layer: Array, place: _Place
+) -> tuple[Array, Array]:
+    """Put keys and values [B, C, KV, P] at their place in one layer of the cache."""
+    keys, values = stored
+    _, blocks, rows, _, _, size = keys.shape
+    row = (jnp.arange(rows) if place.rows is None else place.rows)[:, None]
+    block = jnp.where(place.positions < 0, blocks, place.positions // size)  # that does not exist
+    offset = place.positions % size
+    return (
+        keys.at[layer, block, row, :, :, offset].set(new[0], mode="drop"),
+        values.at[layer, block, row, :, offset].set(new[1], mode="drop"),
+    )
 
 
-def _attend(
-    query: Array, stored: tuple[Array, Array], place: _Place, block: Weights, precision: Precision
-) -> Array:
-    """Grouped-query attention over one layer of the cache, and its output layer: [B, C, D]."""
-    if place.rows is not None:
-        stored = stored[0][place.rows], stored[1][place.rows]
-    visible = jnp.arange(stored[0].shape[1]) <= place.positions[..., None]
-    # Ahead of a row may lie an earlier occupant's NaN, which a mask and a share of 0 do not erase.
-    reached = visible[:, -1, :, None, None]
-    keys, values = (jnp.where(reached, part, 0.0) for part in stored)
-    attended = attend(query, keys, values, visible)
-    return _linear(attended.reshape(*attended.shape[:2], -1), block["o"], precision)
+def _attend(query: Array, stored: tuple[Array, Array], layer: Array, place: _Place) -> Array:
+    """Grouped-query attention of query[B, C, H, P] over one layer of the cache: [B, C, H P].
+
+    Block after block of positions up to the last one that any row needs. A block that a row does
+    not need changes not a bit of its result.
+    """
+    keys, values = stored
+    batch, columns, _, size = query.shape
+    _, blocks, _, kv_heads, _, block_size = keys.shape
+    # The queries that share a key head are rows of one product.
+    queries = jnp.moveaxis(query.reshape(batch, columns, kv_heads, -1, size), 1, 3)
+    queries = queries.reshape(batch, kv_heads, -1, size) * size**-0.5
+    last = jnp.max(place.positions, axis=1)
+
+    def block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, attended = carry
+        here = (layer, index) if place.rows is None else (layer, index, place.rows)
+        ahead = index * block_size + jnp.arange(block_size)
+        # Ahead of a row may lie an earlier occupant's NaN, which a share of 0 does not erase.
+        reached = (ahead <= last[:, None])[:, None, :, None]
+        value = jnp.where(reached, values[here], 0.0)
+        visible = (ahead <= place.positions[..., None])[:, None, None]
+        scores = jnp.einsum("bkqp,bkps->bkqs", queries, keys[here])
+        scores = scores.reshape(batch, kv_heads, -1, columns, block_size)
+        scores = jnp.where(visible, scores, -1e30).reshape(batch, kv_heads, -1, block_size)
+        highest = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shares, decay = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
+        attended = attended * decay[..., None] + jnp.einsum("bkqs,bksp->bkqp", shares, value)
+        return highest, total * decay + jnp.sum(shares, axis=-1), attended
+
+    count = 1 if blocks == 1 else jnp.max(last) // block_size + 1
+    start = jnp.full(queries.shape[:-1], -1e30), jnp.zeros(queries.shape[:-1])
+    _, total, attended = jax.lax.fori_loop(0, count, block, (*start, jnp.zeros_like(queries)))
+    attended = (attended / total[..., None]).reshape(batch, kv_heads, -1, columns, size)
+    return jnp.moveaxis(attended, 3, 1).reshape(batch, columns, -1)
 
 
-def _mlp(x: Array, block: Weights, numerics: Numerics) -> tuple[Array, Array | None]:
+def _mlp(
+    x: Array, present: Array, stacked: Weights, layer: Array, numerics: Numerics
+) -> tuple[Array, Array | None]:
     """The dense or sparse MLP of x[B, C, D], and routes i16[B, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
-    gate, up = jnp.split(_linear(x, block["gate_up"], precision), 2, axis=-1)
-    inner = jax.nn.silu(gate) * up
-    if "router" not in block:
-        return _linear(inner, block["down"], precision), None
-    logits = _product(quantize(x, numerics.router_grid, axis=-1), block["router"])
+    flat = quantize(x, precision, axis=-1).reshape(-1, x.shape[-1])
+    if "router" not in stacked:
+        block = _at(stacked, layer)
+        inner = _inner(flat @ block["gate"], flat @ block["up"], precision)
+        return round_wide(inner @ block["down"], precision).reshape(x.shape), None
+    logits = _product(quantize(x, numerics.router_grid, axis=-1), stacked["router"][layer])
     router = route(logits, moe.experts_per_token, None, normalize=moe.normalize_weights)
-    chosen = router.experts[..., None] == jnp.arange(moe.num_experts)
-    weights = jnp.sum(jnp.where(chosen, router.weights[..., None], 0.0), axis=-2)
-    # Every expert quantises its own inner values, as separate products would.
-    inner = inner.reshape(*x.shape[:-1], moe.num_experts, moe.expert_width)
-    inner = quantize(inner, precision, axis=-1) * weights[..., None]
-    output = _product(inner.reshape(*x.shape[:-1], -1), block["down"])
-    return round_wide(output, precision), router.experts.astype(jnp.int16)
+    experts = jnp.where(present[..., None], router.experts, moe.num_experts)
+    chosen = [a.reshape(-1, moe.experts_per_token) for a in (experts, router.weights)]
+    compute = _all_experts if flat.size * moe.num_experts * moe.expert_width <= FEW else _blocked
+    output = compute(flat, chosen[0], chosen[1], stacked, layer, precision)
+    return round_wide(output, precision).reshape(x.shape), router.experts.astype(jnp.int16)
+
+
+def _inner(gate: Array, up: Array, precision: Precision) -> Array:
+    """What an MLP's second product takes, of what its first two gave."""
+    gate, up = round_wide(gate, precision), round_wide(up, precision)
+    return quantize(jax.nn.silu(gate) * up, precision, axis=-1)
+
+
+def _all_experts(
+    x: Array, experts: Array, weights: Array, stacked: Weights, layer: Array, precision: Precision
+) -> Array:
+    """Like _blocked, with every expert on every token: a token's weights are 0 for the rest."""
+    count = stacked["router"].shape[-1]
+    chosen = experts[..., None] == jnp.arange(count)
+    scales = jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=-2)
+    gate, up = (jnp.einsum("nd,edf->nef", x, stacked[name][layer]) for name in ("gate", "up"))
+    inner = _inner(gate, up, precision) * scales[..., None]
+    return inner.reshape(x.shape[0], -1) @ stacked["down"][layer].reshape(-1, x.shape[1])
+
+
+def _blocked(
+    x: Array, experts: Array, weights: Array, stacked: Weights, layer: Array, precision: Precision
+) -> Array:
+    """The sum over each token's experts: of [N, D], experts i32[N, K] and weights f32[N, K].
+
+    Assignments are sorted by expert, and each expert computes its rows block by block.
+    """
+    num_experts = stacked["router"].shape[-1]
+    size = 16 if experts.size <= 16 * num_experts else 64
+    order = sort_by_expert(experts, num_experts, spare=size)
+    gate, up = _products(to_rows(x, order.moves), stacked, ("gate", "up"), layer, order)
+    scales = weights_of_rows(weights, order.moves)[:, None]
+    inner = _inner(gate, up, precision) * scales
+    return from_rows(_products(inner, stacked, ("down",), layer, order)[0], order.moves)
+
+
+def _products(
+    rows: Array, stacked: Weights, names: Sequence[str], layer: Array, order: Order
+) -> tuple[Array, ...]:
+    """rows[R, I] times the named matrices [I, O] of each row's expert in one layer: [R, O] each.
+
+    The last block of an expert reaches into the rows of the next, which overwrites what is left
+    there. A block has as many rows as the order has spare ones.
+    """
+    num_experts, count = order.sizes.size, order.moves.row.size
+    size = rows.shape[0] - count
+    blocks = -(-order.sizes // size)
+    ends = jnp.cumsum(blocks)
+    index = jnp.arange(count // size + num_experts)
+    owner = jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1), num_experts - 1)
+    first = (order.ends - order.sizes)[owner] + (index - (ends - blocks)[owner]) * size
+
+    def block(index: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        mine = jax.lax.dynamic_slice_in_dim(rows, first[index], size)
+        products = (mine @ stacked[name][layer, owner[index]] for name in names)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(output, product, first[index], axis=0)
+            for output, product in zip(outputs, products, strict=True)
+        )
+
+    outputs = tuple(jnp.zeros((rows.shape[0], stacked[name].shape[-1])) for name in names)
+    return jax.lax.fori_loop(0, ends[-1], block, outputs)
 
 
 def _linear(x: Array, matrix: Array, precision: Precision) -> Array:

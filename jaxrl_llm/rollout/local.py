@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
@@ -33,9 +34,11 @@ class LocalEngineConfig:
     precision: Precision = "float32"  # of weights and activations in every linear layer
     router_precision: Literal["same", "float32"] = "float32"  # of the routers' product
     slots: int = 64  # responses that are decoded together
-    max_length: int = 512  # longest prompt plus response, in tokens; every step reads all of it
+    max_length: int = 512  # longest prompt plus response, in tokens
     prefill_rows: int = 16  # prompts that enter together; decoding pauses when so many can
-    prefill_chunk: int = 16  # prompt tokens computed at once; longer prompts take several calls
+    prefill_chunk: int = (
+        64  # most tokens of a prompt computed at once; longer ones take several calls
+    )
     decode_steps: int = 32  # most tokens per slot between two visits of the host
 
     def __post_init__(self) -> None:
@@ -206,17 +209,21 @@ class LocalEngine:
         self._published: _Published | None = None
 
     def publish(self, params: Params, version: int) -> None:
-        """Quantise `params` into the engine's own copy; see Engine.publish."""
+        """Make `params` the engine's weights, quantised; see Engine.publish.
+
+        In float32 nothing is copied: the engine reads these very arrays where the learner has them
+        whole on the first device, until the next publish. Once an update has taken them
+        (donation), generate() raises.
+        """
         if version < 0:
             raise ValueError(f"version is {version}; weight versions count from 0")
-        # A copy even in float32: the learner donates its parameters to its next step.
-        own = jax.device_put(dict(self._whole(params)), self._device, may_alias=False)
+        own = jax.device_put(dict(self._whole(params)), self._device, may_alias=True)
         self._published = _Published(pack_weights(own, numerics=self._numerics), version)
 
     def generate(self, requests: Sequence[Request]) -> Generator[Rollout | EngineFailure]:
         """See Engine.generate. All state of the call is its own: several may be open at once.
 
-        Raises RuntimeError if no weights were published.
+        Raises RuntimeError if no weights were published, or an update has taken them.
         """
         model, config = self._numerics.model, self._config
         queue: collections.deque[Request] = collections.deque()
@@ -229,11 +236,12 @@ class LocalEngine:
         # At least four, so that calls with few stop ids and with none share one compilation.
         stop_count = max([4, *(len(request.sampling.stop_token_ids) for request in queue)])
         table = _SlotTable(config.slots, stop_count)
+        width = _prefill_width([request.prompt.tokens.size - 1 for request in queue], config)
         cache = empty_cache(model, rows=config.slots, length=config.max_length)
         while queue or table.occupied:
             published = self._weights()
             entered = table.admit(queue, model)
-            cache, prompt_routes = self._prefill(published, cache, entered)
+            cache, prompt_routes = self._prefill(published, cache, entered, width)
             enough = min(config.prefill_rows, len(queue)) if queue else config.slots
             cache, decoded = decode(
                 published.weights,
@@ -265,17 +273,22 @@ class LocalEngine:
     def _weights(self) -> _Published:
         if self._published is None:
             raise RuntimeError("the engine has no weights; call publish() before generate()")
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._published.weights)):
+            raise RuntimeError(
+                f"an update has taken the weights of version {self._published.version}, which were "
+                "published without a copy; publish() those that came of it before generate()"
+            )
         return self._published
 
     def _prefill(
-        self, published: _Published, cache: Cache, entered: list[_Row]
+        self, published: _Published, cache: Cache, entered: list[_Row], width: int
     ) -> tuple[Cache, list[tuple[int, list[_Row], jax.Array]]]:
-        """Put the consumed tokens of new rows into the cache.
+        """Put the consumed tokens of new rows into the cache, `width` of each at once.
 
         Returns the cache and (first position, rows, routes [rows, C, L, K]) of each call, which the
         host need not wait for before it has started to decode.
         """
-        size, width = self._config.prefill_rows, self._config.prefill_chunk
+        size = self._config.prefill_rows
         routes = []
         for first in range(0, len(entered), size):
             batch = entered[first : first + size]
@@ -283,7 +296,7 @@ class LocalEngine:
             rows = np.full(size, self._config.slots, np.int32)
             rows[: len(batch)] = [row.slot for row in batch]
             for start in range(0, max(row.consumed.size for row in batch), width):
-                tokens = np.zeros((size, width), np.int32)
+                tokens = np.full((size, width), -1, np.int32)
                 for line, row in zip(tokens, batch, strict=False):
                     part = row.consumed[start : start + width]
                     line[: part.size] = part
@@ -297,3 +310,12 @@ class LocalEngine:
                 )
                 routes.append((start, batch, chosen))
         return cache, routes
+
+
+def _prefill_width(consumed: Sequence[int], config: LocalEngineConfig) -> int:
+    """Tokens of a prompt computed at once: a power of two that holds the longest, or the most.
+
+    One for all the prompts of a call, since each width is compiled.
+    """
+    longest = max([1, *consumed])
+    return min(config.prefill_chunk, 2 ** math.ceil(math.log2(longest)))

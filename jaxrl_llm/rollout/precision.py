@@ -68,6 +68,10 @@ GRIDS: dict[Precision, FloatGrid | IntegerGrid] = {
 """Formats with a scale; float32 and bfloat16 have none."""
 
 
+LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
+"""Matrices [..., I, O] of linear layers, by their names; the routers' are a case of their own."""
+
+
 def round_wide(x: Array, precision: Precision) -> Array:
     """What is kept between linear layers: x itself in float32, else x rounded to bfloat16."""
     if precision == "float32":
@@ -106,47 +110,23 @@ class Numerics:
         return "float32" if self.router_precision == "float32" else self.precision
 
 
-@partial(jax.jit, static_argnames="numerics")
 def pack_weights(params: Weights, *, numerics: Numerics) -> Weights:
-    """The engine's own weights: rounded once, and fused into few large matrices.
+    """The parameters as the engine reads them: in float32 these very arrays, else rounded ones.
 
-    Quantisation is per matrix as the learner has it (per expert for experts), before fusing:
-    qkv [n, D, (H + 2 KV) P]; gate_up [n, D, 2 E F], all gates then all ups; down [n, E F, D]. A
-    dense layer is fused alike, with E = 1.
+    Matrices of linear layers go on their grid with one scale per output channel (of each expert),
+    embedding, norms and head become bfloat16.
     """
-    precision = numerics.precision
+    return params if numerics.precision == "float32" else _rounded(params, numerics=numerics)
 
-    def pack_segment(blocks: Weights) -> Weights:
-        attention, mlp = blocks["attention"], blocks["mlp"]
-        matrices = {
-            name: quantize(matrix, precision, axis=-2)
-            for name, matrix in {**attention, **mlp}.items()
-            if name in ("q", "k", "v", "o", "gate", "up", "down")
-        }
-        layers, width = blocks["attention_norm"].shape
-        columns = [
-            jnp.moveaxis(matrices[name].reshape(layers, -1, width, matrices[name].shape[-1]), 1, 2)
-            for name in ("gate", "up")
-        ]
-        packed = {
-            "qkv": jnp.concatenate([matrices[name] for name in "qkv"], axis=-1),
-            "o": matrices["o"],
-            "gate_up": jnp.concatenate([c.reshape(layers, width, -1) for c in columns], axis=-1),
-            "down": matrices["down"].reshape(layers, -1, width),
-            "attention_norm": round_wide(blocks["attention_norm"], precision),
-            "mlp_norm": round_wide(blocks["mlp_norm"], precision),
-            "q_norm": round_wide(attention["q_norm"], precision),
-            "k_norm": round_wide(attention["k_norm"], precision),
-        }
-        if "router" in mlp:
-            packed["router"] = quantize(mlp["router"], numerics.router_grid, axis=-2)
-        return packed
 
-    model = numerics.model
-    head = params["embed"].T if model.tie_embeddings else params["head"]
-    return {
-        "embed": round_wide(params["embed"], precision),
-        "segments": {name: pack_segment(blocks) for name, blocks in params["segments"].items()},
-        "final_norm": round_wide(params["final_norm"], precision),
-        "head": round_wide(head, precision),
-    }
+@partial(jax.jit, static_argnames="numerics")
+def _rounded(params: Weights, *, numerics: Numerics) -> Weights:
+    def one(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+        name = path[-1].key
+        if name == "router" and numerics.router_grid == "float32":
+            return jnp.copy(leaf)  # an output that is an input as it was would not be its own array
+        if name == "router" or name in LINEAR:
+            return quantize(leaf, numerics.precision, axis=-2)
+        return round_wide(leaf, numerics.precision)
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -47,8 +47,19 @@ def sample(logits: Array, positions: Array, samplers: Samplers) -> tuple[Array, 
     kept = jax.lax.cond(truncated, keep, lambda scores, *_: scores, scaled, top_p, top_k)
     logprobs = jax.nn.log_softmax(kept, axis=-1)
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(samplers.seed, positions, logits.shape[-1])
-    tokens = jnp.argmax(jnp.where(greedy[:, None], scaled, logprobs + noise), axis=-1)
+    tokens = _first_highest(jnp.where(greedy[:, None], scaled, logprobs + noise))
     return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def _first_highest(scores: Array) -> Array:
+    """argmax over the last dimension, in two passes that CPUs take many numbers at a time through.
+
+    Where there is a NaN it is any index.
+    """
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    first = jnp.min(jnp.where(scores == highest, ids, scores.shape[-1]), axis=-1)
+    return jnp.minimum(first, scores.shape[-1] - 1)
 
 
 def keep(logits: Array, top_p: Array, top_k: Array) -> Array:

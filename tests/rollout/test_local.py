@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from jaxrl_llm.arrays import ForwardOutput
 from jaxrl_llm.model.config import ComputeConfig
 from jaxrl_llm.model.logprobs import token_logprobs
-from jaxrl_llm.model.transformer import make_forward, unembed
+from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.rollout import local
 from jaxrl_llm.rollout.decode import Decoded
 from jaxrl_llm.rollout.engine import EngineFailure
@@ -68,7 +69,7 @@ def assert_learner_agrees(
             unembed(params(seed), MODEL),
             padded(rollout.tokens[1:]),
             temperature=temperature,
-            chunk=0,
+            chunk=CONFIG.max_length,
         )
         expected = np.where(rollout.loss_mask, np.asarray(ours)[0, :size], 0.0)
         np.testing.assert_allclose(rollout.sampler_logprobs, expected, atol=1e-4)
@@ -274,18 +275,99 @@ def test_a_publish_under_way_shows_in_the_versions_of_later_tokens() -> None:
         assert set(versions) == {1, 2}
 
 
-def test_published_weights_survive_their_donation_and_are_replaced_by_the_next() -> None:
-    made = engine(version=0)
-    mine = params()
+def update(weights: Params) -> Params:
+    """Other weights, in the memory of these: a learner's step donates its own."""
+    return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1.0, tree), donate_argnums=0)(
+        weights
+    )
+
+
+def addresses(tree: object) -> set[int]:
+    return {
+        shard.data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    }
+
+
+def on_mesh(weights: Params, devices: int) -> Params:
+    """Whole on every device of a mesh, as a learner without parameter sharding has them."""
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(weights, whole)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_float32_weights_are_published_without_a_copy(devices: int) -> None:
+    mine = on_mesh(params(), devices)
+    made = engine()
+    before = {
+        array.unsafe_buffer_pointer()
+        for array in jax.live_arrays()
+        if array.ndim and len(array.devices()) == 1
+    }
     made.publish(mine, 7)
-    jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1.0, tree), donate_argnums=0)(mine)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(mine))
+    after = {
+        array.unsafe_buffer_pointer()
+        for array in jax.live_arrays()
+        if array.ndim and len(array.devices()) == 1
+    }
+    assert after - before <= addresses(mine)
     for name, rollout in by_prompt(made.generate(mixed_requests())).items():
         assert_same(rollout, mixed_rollouts()[name])
+
+
+def test_weights_that_an_update_has_taken_are_an_error_until_the_next_publish() -> None:
+    mine = on_mesh(params(), 1)
+    made = engine()
+    made.publish(mine, 7)
+    outcomes = made.generate(mixed_requests())
+    next(outcomes)
+    new = update(mine)
+    assert addresses(new)
+    with pytest.raises(RuntimeError, match=r"an update has taken the weights of version 7"):
+        list(outcomes)
+    with pytest.raises(RuntimeError, match=r"publish\(\) those that came of it"):
+        next(made.generate(mixed_requests()))
     made.publish(params(seed=1), 8)
     asked = request(2, SamplingParams(8))
     (rollout,) = by_prompt(made.generate([asked])).values()
     assert_learner_agrees(rollout, 1.0, seed=1)
+
+
+@pytest.mark.parametrize("router", ["float32", "same"])
+def test_rounded_weights_are_the_engines_own_and_survive_an_update(
+    router: Literal["float32", "same"],
+) -> None:
+    config = dataclasses.replace(CONFIG, precision="fp8_e4m3", router_precision=router)
+    mine = on_mesh(params(), 1)
+    made = engine(config)
+    made.publish(mine, 7)
+    expected = by_prompt(made.generate(mixed_requests()))
+    update(mine)
+    for name, rollout in by_prompt(made.generate(mixed_requests())).items():
+        assert_same(rollout, expected[name])
+
+
+@pytest.mark.parametrize(("chunk", "widths"), [(64, {8}), (4, {4})])
+def test_prompts_enter_as_wide_as_the_longest_of_the_call_needs(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, widths: set[int]
+) -> None:
+    seen = set()
+    prefill = local.prefill
+
+    def recorded(*args: Any, **settings: Any) -> Any:
+        seen.add(args[2].shape[1])
+        return prefill(*args, **settings)
+
+    monkeypatch.setattr(local, "prefill", recorded)
+    lengths = [1, 3, 7]
+    asked = [request(n, SamplingParams(4), prompt_length=n) for n in lengths]
+    made = engine(dataclasses.replace(CONFIG, prefill_chunk=chunk))
+    for name, rollout in by_prompt(made.generate(asked)).items():
+        assert rollout.tokens.size == int(name[1:]) + 4
+        assert_learner_agrees(rollout, 1.0)
+    assert seen == widths
 
 
 def test_weights_sharded_over_a_mesh_can_be_published() -> None:

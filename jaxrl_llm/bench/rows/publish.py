@@ -64,7 +64,8 @@ def measure(config: BenchConfig) -> Findings:
     notes = (
         f"In {config.folder or tempfile.gettempdir()}: {written / 2**20:,.1f} MiB a version, in "
         f"{PublishConfig().dtype} with checksums, flushed to disk; the plain write is as long.",
-        "Of roof: against the copy in memory. Memory added: bytes of all arrays on the device, a shared buffer counted once.",
+        "Of roof: against the copy in memory. Memory added: bytes of all arrays on the device, a "
+        "shared buffer counted once.",
     )
     return Findings(describe(setup.model), figures, notes)
 

@@ -123,9 +123,9 @@ def pack_weights(params: Weights, *, numerics: Numerics) -> Weights:
 def _rounded(params: Weights, *, numerics: Numerics) -> Weights:
     def one(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
         name = path[-1].key
-        if name == "router" and numerics.router_grid == "float32":
-            return jnp.copy(leaf)  # an output that is an input as it was would not be its own array
-        if name == "router" or name in LINEAR:
+        if name == "router":
+            return quantize(leaf, numerics.router_grid, axis=-2)
+        if name in LINEAR:
             return quantize(leaf, numerics.precision, axis=-2)
         return round_wide(leaf, numerics.precision)
 

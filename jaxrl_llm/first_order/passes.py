@@ -24,7 +24,7 @@ from jaxrl_llm.learner.step import make_policy
 from jaxrl_llm.learner.update import accumulate_gradients, join_rows, split_rows
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.logprobs import token_logprobs
-from jaxrl_llm.model.transformer import Params
+from jaxrl_llm.model.transformer import Params, unembed
 from jaxrl_llm.rollout.decode import empty_cache, extend
 from jaxrl_llm.rollout.precision import Numerics, pack_weights
 from jaxrl_llm.sharding import MeshConfig, make_layout
@@ -118,8 +118,9 @@ def make_sampler_score(numerics: Numerics, *, temperature: float = 1.0, rows: in
         positions = jnp.broadcast_to(jnp.arange(length), (count, length))
         cache = empty_cache(numerics.model, rows=count, length=length)
         _, hidden, routes = extend(weights, cache, batch.inputs, positions, None, numerics=numerics)
+        head = unembed(weights, numerics.model)
         logprobs, entropy = token_logprobs(
-            hidden, weights["head"], batch.targets, temperature=temperature, chunk=256
+            hidden, head, batch.targets, temperature=temperature, chunk=256
         )
         return Scores(logprobs, entropy, _kept(routes, batch))
 

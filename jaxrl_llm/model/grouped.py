@@ -25,6 +25,8 @@ Array = jax.Array
 Experts = dict[str, Array]
 """Expert parameters of one layer: gate and up [E, D, F], down [E, F, D]."""
 
+NAMES = ("gate", "up", "down")
+
 Implementation = Literal["dense", "blocked", "ragged", "megablox"]
 
 
@@ -103,70 +105,73 @@ def _blocked(x: Array, weights: Array, params: Experts, order: Order) -> Array:
     return _forward(x, weights, params, order)[0]
 
 
-def _forward(x: Array, weights: Array, params: Experts, order: Order) -> tuple[Array, Array]:
-    """The sum, [N, D], and what the experts' first product gave, [R, 2F]."""
+def _forward(
+    x: Array, weights: Array, params: Experts, order: Order
+) -> tuple[Array, tuple[Array, Array]]:
+    """The sum, [N, D], and the products with gate and up, [R, F] each."""
     tokens, scales = _tokens(order), weights_of_rows(weights, order.moves)
 
     def one_expert(expert: Array, outputs: Any) -> Any:
-        into, down = _matrices(params, expert)
+        gate, up, down = (params[name][expert] for name in NAMES)
         end = order.ends[expert]
 
-        def block(first: Array, size: int, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            hidden = (x[_cut(tokens, first, size)] @ into).astype(x.dtype)
-            gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
-            inner = jax.nn.silu(gate) * up * _own(scales, first, size, end)[:, None]
-            rows = inner.astype(x.dtype) @ down
-            return _put(outputs[0], rows, first), _put(outputs[1], hidden, first)
+        def block(first: Array, size: int, outputs: Any) -> Any:
+            token = x[_cut(tokens, first, size)]
+            hidden = token @ gate, token @ up
+            by_gate, by_up = (part.astype(jnp.float32) for part in hidden)
+            inner = jax.nn.silu(by_gate) * by_up * _own(scales, first, size, end)[:, None]
+            new = inner.astype(x.dtype) @ down, *hidden
+            return tuple(_put(whole, part, first) for whole, part in zip(outputs, new, strict=True))
 
         return _each_block(block, order, expert, params, outputs)
 
-    shapes = (tokens.size, x.shape[1]), (tokens.size, 2 * params["down"].shape[1])
-    outputs = alike(tuple(jnp.zeros(shape, x.dtype) for shape in shapes), (x, params))
-    rows, hidden = jax.lax.fori_loop(0, order.sizes.size, one_expert, outputs)
-    return from_rows(rows, order.moves), hidden
+    widths = x.shape[1], *(params["down"].shape[1],) * 2
+    outputs = tuple(jnp.zeros((tokens.size, width), x.dtype) for width in widths)
+    outputs = alike(outputs, (x, params))
+    rows, *hidden = jax.lax.fori_loop(0, order.sizes.size, one_expert, outputs)
+    return from_rows(rows, order.moves), tuple(hidden)
 
 
 def _backward(
-    saved: tuple[Array, Array, Experts, Order, Array], gradient: Array
+    saved: tuple[Array, Array, Experts, Order, tuple[Array, Array]], gradient: Array
 ) -> tuple[Array, Array, Experts, None]:
     x, weights, params, order, hidden = saved
     tokens, scales = _tokens(order), weights_of_rows(weights, order.moves)
 
     def one_expert(expert: Array, totals: tuple[Array, Array, Experts]) -> Any:
-        # Transposed once, not for every block.
-        into, down = (matrix.T for matrix in _matrices(params, expert))
+        matrices = [params[name][expert] for name in NAMES]
+        gate, up, down = matrices
         end = order.ends[expert]
 
         def block(first: Array, size: int, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            to_rows, to_scales, to_into, to_down = sums
+            to_rows, to_scales, *to_matrices = sums
             places = _cut(tokens, first, size)
-            token, pull, scale = (
-                x[places],
-                gradient[places],
-                _own(scales, first, size, end)[:, None],
-            )
-            gate, up = jnp.split(_cut(hidden, first, size).astype(jnp.float32), 2, axis=-1)
-            share = jax.nn.sigmoid(gate)
-            inner = share * gate * up
-            to_inner = _wide(pull, down)
+            token, pull = x[places], gradient[places]
+            scale = _own(scales, first, size, end)[:, None]
+            by_gate, by_up = (_cut(part, first, size).astype(jnp.float32) for part in hidden)
+            share = jax.nn.sigmoid(by_gate)
+            inner = share * by_gate * by_up
+            to_inner = _wide(pull, down.T)
             to_scales = _put(to_scales, jnp.sum(to_inner * inner, axis=-1), first)
             to_inner *= scale
-            to_gate = to_inner * up * share * (1 + gate * (1 - share))
-            to_hidden = jnp.concatenate([to_gate, to_inner * share * gate], axis=-1).astype(x.dtype)
-            to_into += _wide(token.T, to_hidden)
-            to_down += _wide((inner * scale).astype(x.dtype).T, pull)
-            return _put(to_rows, to_hidden @ into, first), to_scales, to_into, to_down
+            to_gate = to_inner * by_up * share * (1 + by_gate * (1 - share))
+            to_up = to_inner * share * by_gate
+            to_gate, to_up, inner = (
+                part.astype(x.dtype) for part in (to_gate, to_up, inner * scale)
+            )
+            to_rows = _put(to_rows, to_gate @ gate.T + to_up @ up.T, first)
+            new = _wide(token.T, to_gate), _wide(token.T, to_up), _wide(inner.T, pull)
+            return to_rows, to_scales, *map(jnp.add, to_matrices, new)
 
         to_rows, to_scales, to_params = totals
-        zeros = [jnp.zeros_like(matrix.T, jnp.float32) for matrix in (into, down)]
+        zeros = [jnp.zeros_like(matrix, jnp.float32) for matrix in matrices]
         sums = _each_block(block, order, expert, params, (to_rows, to_scales, *zeros))
-        to_rows, to_scales, to_into, to_down = sums
-        new = dict(zip(("gate", "up"), jnp.split(to_into, 2, axis=-1), strict=True), down=to_down)
-        new = {
-            name: whole.at[expert].set(new[name].astype(x.dtype))
-            for name, whole in to_params.items()
+        to_rows, to_scales, *new = sums
+        to_params = {
+            name: to_params[name].at[expert].set(one.astype(x.dtype))
+            for name, one in zip(NAMES, new, strict=True)
         }
-        return to_rows, to_scales, new
+        return to_rows, to_scales, to_params
 
     zeros = jnp.zeros((tokens.size, x.shape[1]), x.dtype), jnp.zeros(tokens.size)
     totals = (*alike(zeros, (x, params)), jax.tree.map(jnp.zeros_like, params))
@@ -188,12 +193,6 @@ def _tokens(order: Order) -> Array:
     """i32[R], the token of each row; of a spare one, any."""
     count, chosen = order.moves.row.shape
     return jnp.minimum(order.moves.source // chosen, count - 1)
-
-
-def _matrices(params: Experts, expert: Array) -> tuple[Array, Array]:
-    """gate and up of an expert side by side, [D, 2F], and down [F, D]."""
-    gate, up, down = (params[name][expert] for name in ("gate", "up", "down"))
-    return jnp.concatenate([gate, up], axis=-1), down
 
 
 def _each_block(

@@ -21,6 +21,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -301,13 +302,21 @@ def tensors(
       dtype: float32 parameters are rounded to it on the devices, to the nearest.
       fetch: how to get a piece. Those of a job of several processes must all fetch the same.
 
-    One layer of one parameter is on the host at a time.
+    One layer of one parameter is on the host at a time; the devices cut the next one meanwhile.
     """
-    for (leaf, layer), group in itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1])):
-        part, *others = group
-        fetched = fetch(params, Piece(leaf, layer, part.transposed, dtype))
-        values = np.ascontiguousarray(jax.device_get(fetched))
-        for tensor in (part, *others):
+    by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
+    pieces = [(leaf, layer, list(group)) for (leaf, layer), group in by_piece]
+
+    def cut() -> Iterator[jax.Array]:
+        for leaf, layer, group in pieces:
+            yield fetch(params, Piece(leaf, layer, group[0].transposed, dtype))
+
+    cuts = cut()
+    following = next(cuts)
+    for _, _, group in pieces:
+        current, following = following, next(cuts, None)
+        values = np.ascontiguousarray(jax.device_get(current))
+        for tensor in group:
             yield tensor.name, values[tensor.index[1:]]
 
 
@@ -414,10 +423,13 @@ def _contents(
 
 
 def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
+    """A chunk is digested, on a thread, while it is written and the next one is fetched."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
+        digested = thread.submit(lambda: None)
         for chunk in chunks:
+            digested.result()  # no more than one waits: chunks are as large as a tensor
+            digested = thread.submit(digest.update, chunk)
             file.write(chunk)
-            digest.update(chunk)
             size += len(chunk)
     return WrittenFile(path.name, size, digest.hexdigest())

@@ -10,22 +10,22 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TypeVar, TypeVarTuple
 
-P = ParamSpec("P")
+Arguments = TypeVarTuple("Arguments")
 T = TypeVar("T")
 
 _GPU = Path("/dev/nvidiactl")
 
 
-def in_fresh_process(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def in_fresh_process(function: Callable[[*Arguments], T], *arguments: *Arguments) -> T:
     """What a function of a module returns, called in a new process with this one's environment.
 
     Raises what it raises, and concurrent.futures.process.BrokenProcessPool if the process dies.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
-        return pool.submit(function, *args, **kwargs).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _end_with_parent() -> None:

@@ -28,7 +28,7 @@ from jaxrl_llm.learner.state import (
 from jaxrl_llm.learner.step import LearnerConfig, TrainStep, make_train_step
 from jaxrl_llm.losses.policy import LossConfig
 from jaxrl_llm.model import hf
-from jaxrl_llm.model.config import ComputeConfig, ModelConfig
+from jaxrl_llm.model.config import Attention, ComputeConfig, Dispatch, ModelConfig
 from jaxrl_llm.model.hf_config import config_json
 from jaxrl_llm.model.transformer import Params
 from jaxrl_llm.sharding import Layout, MeshConfig, batch_sharding, make_layout
@@ -46,14 +46,10 @@ class Setup:
     optimizer: Optimizer
     layout: Layout
 
-    def with_compute(self, **changes: Any) -> Setup:
-        """The same, computed otherwise."""
-        compute = dataclasses.replace(self.learner.compute, **changes)
-        return self.with_learner(compute=compute)
-
-    def with_learner(self, **changes: Any) -> Setup:
-        """The same, with other settings of the learner."""
-        return dataclasses.replace(self, learner=dataclasses.replace(self.learner, **changes))
+    def kernels(self, dispatch: Dispatch, attention: Attention) -> Setup:
+        """The same, with these ways of computing experts and attention."""
+        compute = dataclasses.replace(self.learner.compute, dispatch=dispatch, attention=attention)
+        return dataclasses.replace(self, learner=dataclasses.replace(self.learner, compute=compute))
 
     def params(self) -> Params:
         """Random ones, always the same."""

@@ -12,6 +12,7 @@ bfloat16 narrows to the same bits. What it is not: a tokenizer, or models other 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -312,10 +313,10 @@ def tensors(
             yield fetch(params, Piece(leaf, layer, group[0].transposed, dtype))
 
     cuts = cut()
-    following = next(cuts)
+    ahead = collections.deque([next(cuts)])
     for _, _, group in pieces:
-        current, following = following, next(cuts, None)
-        values = np.ascontiguousarray(jax.device_get(current))
+        ahead.extend(itertools.islice(cuts, 1))
+        values = np.ascontiguousarray(jax.device_get(ahead.popleft()))
         for tensor in group:
             yield tensor.name, values[tensor.index[1:]]
 

@@ -26,7 +26,7 @@ def measure(config: BenchConfig) -> Findings:
     """See the module."""
     sizes, roof = config.learner, make_roof(config.roof)
     setup = make_setup(sizes.model)
-    replaying = setup.with_learner(replay="r3")
+    replaying = dataclasses.replace(setup, learner=dataclasses.replace(setup.learner, replay="r3"))
     batch = setup.batch(make_tokens(sizes.model, sizes.rows, sizes.length + 1))
     trainee = Trainee(setup)
     score = make_score_step(setup.model, setup.learner, setup.layout, temperature=1.0)

@@ -17,7 +17,7 @@ STEP = "step"
 KERNELS: tuple[tuple[Dispatch, Attention], ...] = (
     ("blocked", "cudnn"),
     ("ragged", "cudnn"),
-    ("blocked", "plain"),
+    ("blocked", "blocked"),
 )
 """The first is what `auto` takes on a GPU."""
 
@@ -44,11 +44,7 @@ def measure_kernels(
 ) -> tuple[Figure, ...]:
     """The learner step with these kernels, and the roof beside it."""
     sizes, roof = config.slice, make_roof(config.roof)
-    # Plain attention cannot hold [B, H, S, S] at once.
-    chunk = 512 if attention == "plain" else 0
-    setup = make_setup(sizes.model).with_compute(
-        dispatch=dispatch, attention=attention, attention_chunk=chunk
-    )
+    setup = make_setup(sizes.model).kernels(dispatch, attention)
     batch = setup.batch(make_tokens(sizes.model, sizes.rows, sizes.length + 1))
     contestants = {**roof.contestants, STEP: Trainee(setup).contestant(setup.sft_step(), batch)}
     turns = take_turns(contestants, config.repeats)

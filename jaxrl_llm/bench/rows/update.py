@@ -52,7 +52,7 @@ def _measure(config: BenchConfig, folder: Path) -> Findings:
         apart = abs(peer_step() - loss)
         figures.append(figure("first loss, ours less peer's", [apart], "nats", wanted=_equal()))
     contestants[RL] = trainee.contestant(setup.train_step(), batch)
-    ragged = setup.with_compute(dispatch="ragged").sft_step()
+    ragged = setup.kernels("ragged", "auto").sft_step()
     contestants[RAGGED] = trainee.contestant(ragged, batch)
     turns = take_turns(contestants, config.repeats, at_most={RAGGED: SLOW_ROUNDS})
     figures = [*_times(turns, roof, config), *figures, *_peaks(folder, config)]

@@ -26,7 +26,7 @@ WIDTH = 110
 LEGEND = (
     "Every figure is the median over rounds in which all contestants of a row take turns, and a "
     "ratio the median of the rounds' ratios. Of roof: against the matrix product or the copy of "
-    "the same rounds. Wanted with ~: it is enough that one round was so, the rest is noise."
+    "the same rounds. GLIBC_TUNABLES: large arrays are in huge pages, as launch/*.sh have it too."
 )
 
 
@@ -35,7 +35,7 @@ def run_bench(config: BenchConfig, console: Console) -> int:
     if not console.is_terminal:
         console.width = WIDTH
     # For the processes to come.
-    os.environ.update(additions(os.environ, peer=config.peer is not None))
+    os.environ.update(additions(os.environ))
     machine = in_fresh_process(_facts)
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()), markup=False)
     console.print(LEGEND)

@@ -40,7 +40,6 @@ class Wanted:
 
     direction: Direction
     bound: float
-    within_noise: bool = False  # it is enough that some round was so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +60,7 @@ class Figure:
         """Whether it is what was wanted; None where nothing was."""
         if self.wanted is None:
             return None
-        found = self.value
-        if self.wanted.within_noise:
-            found = self.low if self.wanted.direction in ("<", "<=") else self.high
-        return _COMPARE[self.wanted.direction](found, self.wanted.bound)
+        return _COMPARE[self.wanted.direction](self.value, self.wanted.bound)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +159,7 @@ def _wish(found: Figure) -> str:
         return ""
     bound = found.wanted.bound
     text = f"{100 * bound:g} %" if found.unit == "share" else f"{bound:g}"
-    return f"{'~' * found.wanted.within_noise}{found.wanted.direction} {text}"
+    return f"{found.wanted.direction} {text}"
 
 
 def to_json(

@@ -40,21 +40,17 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def additions(environment: Mapping[str, str], *, peer: bool) -> dict[str, str]:
-    """Variables that every measuring process gets on top of the user's, who wins where both say.
-
-    Args:
-      environment: the user's.
-      peer: whether another library shares the device.
-    """
+def additions(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that every measuring process gets on top of the user's, who wins where both say."""
     added = {
         # Large arrays in huge pages. In 4 kB steps a fresh one is faulted in at an eighth of the
         # speed of memory, in any library: both sides of a comparison gain.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "JAX_PLATFORMS": _platforms(),
     }
-    if peer and _GPU.exists():
-        # JAX would take three quarters of the GPU's memory before the peer gets any.
+    if _GPU.exists():
+        # JAX would take three quarters of the GPU's memory before a peer, or a second process, has
+        # any.
         added["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return {name: text for name, text in added.items() if text and name not in environment}
 

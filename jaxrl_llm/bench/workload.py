@@ -126,9 +126,10 @@ def write_checkpoint(folder: Path, setup: Setup, *, max_length: int) -> None:
 
 
 def describe(model: ModelConfig) -> str:
-    """The sizes of a model that a reader wants to see, and the type it is computed in."""
+    """The sizes of a model that a reader wants to see, and how it is computed."""
     moe = model.moe
     return (
         f"D {model.width}, {model.num_layers} layers, top-{moe.experts_per_token} of "
-        f"{moe.num_experts} experts of {moe.expert_width}, V {model.vocab_size:,}, {computes_in()}"
+        f"{moe.num_experts} experts of {moe.expert_width}, V {model.vocab_size:,}, "
+        f"{computes_in()}, activations kept"
     )

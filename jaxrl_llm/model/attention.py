@@ -1,8 +1,9 @@
 """Causal attention within the segments of packed rows, in JAX alone: plain, and by blocks.
 
-What it is: the plain computation, which every kernel must equal (kernels.py), and one that computes
-only the blocks of scores that a token sees something of, holds a few of them at a time, and has a
-gradient of its own. What it is not: the projections around it (transformer.py).
+What it is: the plain computation, which all others equal wherever there is a token (kernels.py),
+and one that computes only the blocks of scores that a token sees something of, holds a few of them
+at a time, and has a gradient of its own. What it is not: the projections around it
+(transformer.py).
 
 Shapes: B rows, Q queries, S keys, H query heads, KV key and value heads, P head size. By blocks: n
 blocks of queries, m of keys, and R = H / KV * BLOCK, the queries of a block that share a key head.

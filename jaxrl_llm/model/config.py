@@ -97,7 +97,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a forward pass is computed; beyond rounding it changes no value."""
+    """How a forward pass is computed; beyond rounding it changes no value but of padding."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # activations; router and head stay float32
     # What of a layer is computed again for its gradient: all (block), all but what attention by

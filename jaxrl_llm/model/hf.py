@@ -12,7 +12,6 @@ bfloat16 narrows to the same bits. What it is not: a tokenizer, or models other 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -303,21 +302,13 @@ def tensors(
       dtype: float32 parameters are rounded to it on the devices, to the nearest.
       fetch: how to get a piece. Those of a job of several processes must all fetch the same.
 
-    One layer of one parameter is on the host at a time; the devices cut the next one meanwhile.
+    One layer of one parameter is fetched at a time.
     """
-    by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
-    pieces = [(leaf, layer, list(group)) for (leaf, layer), group in by_piece]
-
-    def cut() -> Iterator[jax.Array]:
-        for leaf, layer, group in pieces:
-            yield fetch(params, Piece(leaf, layer, group[0].transposed, dtype))
-
-    cuts = cut()
-    ahead = collections.deque([next(cuts)])
-    for _, _, group in pieces:
-        ahead.extend(itertools.islice(cuts, 1))
-        values = np.ascontiguousarray(jax.device_get(ahead.popleft()))
-        for tensor in group:
+    for (leaf, layer), group in itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1])):
+        part, *others = group
+        fetched = fetch(params, Piece(leaf, layer, part.transposed, dtype))
+        values = np.ascontiguousarray(jax.device_get(fetched))
+        for tensor in (part, *others):
             yield tensor.name, values[tensor.index[1:]]
 
 

@@ -46,7 +46,7 @@ def check_attention(compute: ComputeConfig, layout: Layout, *, head_dim: int) ->
     """Raises ValueError where compute.attention names a kernel that cannot run here."""
     if obstacle := _obstacle(compute.attention, layout.platform, compute.dtype, head_dim):
         raise ValueError(
-            f"learner.compute.attention is {compute.attention}, {obstacle}; use auto, or blocked"
+            f"learner.compute.attention is {compute.attention}, {obstacle}; use auto, or plain"
         )
 
 

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens, taken from hidden states without ever holding [B, S, V].
+"""Log-probabilities of given tokens, taken from hidden states without holding [B, S, V].
 
 The gradient is written out: it takes two passes over the logits of a chunk, which it computes again
-from their log-sum-exp, where differentiation would keep or recompute each step of the softmax.
+from their maximum and sum, where differentiation would keep or recompute each step of the softmax.
 
 Shapes: B rows, S positions of each, C of them at a time, N = B C, D width, V vocabulary.
 """
@@ -78,7 +78,7 @@ def _forward(
     def part(arrays: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array]:
         flat, wanted = arrays[0].reshape(-1, hidden.shape[-1]), arrays[1]
         logits = _logits(flat, head, temperature)
-        largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        largest = jnp.max(logits, axis=-1, keepdims=True)
         if axes := layout.axes("vocab"):
             largest = jax.lax.pmax(largest, axes)
         # From here on no large numbers cancel: the entropy of a confident policy stays exact.
@@ -91,7 +91,7 @@ def _forward(
         ]
         total, weighted, target = layout.total(jnp.stack(sums), "vocab")
         log_total = jnp.log(total)
-        found = target - log_total, log_total - weighted / total, largest[:, 0] + log_total
+        found = target - log_total, log_total - weighted / total, largest[:, 0], log_total
         return tuple(x.reshape(wanted.shape) for x in found), logits
 
     logits = None
@@ -100,8 +100,8 @@ def _forward(
     else:
         parts = split_chunks((hidden, targets), chunk)
         numbers = join_chunks(jax.lax.map(lambda arrays: part(arrays)[0], parts), length)
-    logprobs, entropy, logsumexp = numbers
-    return (logprobs, entropy), (hidden, head, targets, entropy, logsumexp, logits)
+    logprobs, *others = numbers
+    return (logprobs, others[0]), (hidden, head, targets, tuple(others), logits)
 
 
 def _backward(
@@ -111,21 +111,22 @@ def _backward(
     saved: tuple[Any, ...],
     gradients: tuple[Array, Array],
 ) -> tuple[Array, Array, None]:
-    hidden, head, targets, entropy, logsumexp, logits = saved
+    hidden, head, targets, others, logits = saved
 
     def part(arrays: tuple[Array, ...], logits: Array | None) -> tuple[Array, Array]:
         hidden, wanted, *numbers = arrays
         flat = hidden.reshape(-1, hidden.shape[-1])
-        to_logprob, to_entropy, entropy, logsumexp = (x.reshape(-1, 1) for x in numbers)
+        columns = (x.reshape(-1, 1) for x in numbers)
+        to_logprob, to_entropy, entropy, largest, log_total = columns
         if logits is None:
             logits = _logits(flat, head, temperature)
-        log_shares = logits - logsumexp
+        log_shares = (logits - largest) - log_total  # large numbers first, as above
         pull = to_logprob + to_entropy * (log_shares + entropy)
         to_logits = jnp.where(_chosen(wanted, logits), to_logprob, 0.0) - jnp.exp(log_shares) * pull
         to_hidden, to_head = _to_factors(flat, head, to_logits / temperature)
         return to_hidden.reshape(hidden.shape), to_head
 
-    numbers = alike((*gradients, entropy, logsumexp), hidden)
+    numbers = alike((*gradients, *others), hidden)
     arrays = (hidden, targets, *numbers)
     if logits is not None:
         return *part(arrays, logits), None
@@ -142,7 +143,7 @@ _logprobs.defvjp(_forward, _backward)
 
 
 def _chosen(targets: Array, logits: Array) -> Array:
-    """bool[N, V], where the targets are: a comparison, whose gradient is no scatter."""
+    """bool[N, V], where the targets are."""
     return jnp.arange(logits.shape[-1]) == targets.reshape(-1, 1)
 
 

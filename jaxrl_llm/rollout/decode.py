@@ -48,7 +48,7 @@ BLOCK = 64
 
 FEW = 2**24
 """Up to so many products of a token's value with an expert's column all experts meet all tokens: a
-loop over the experts' blocks takes longer for its many small steps."""
+loop over the experts' blocks takes longer for its many small steps. Reckoned for CPUs."""
 
 
 @jax.tree_util.register_dataclass

@@ -108,9 +108,10 @@ class Engine(Protocol):
     def publish(self, params: Params, version: int) -> None:
         """Sample from these weights from now on.
 
-        The engine keeps no reference to `params`: the learner may donate them afterwards. Tokens
-        of responses already under way carry the version that sampled them. Raises EngineError if
-        the weights cannot reach where they are needed.
+        An engine in this process may read `params` themselves until the next publish. The learner
+        may donate them, but has to publish what came of them before it asks for a response: asked
+        earlier, such an engine raises. Tokens of responses already under way carry the version that
+        sampled them. Raises EngineError if the weights cannot reach where they are needed.
         """
         ...
 

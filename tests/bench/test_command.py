@@ -107,20 +107,19 @@ def test_a_row_whose_process_dies_is_a_failed_row(monkeypatch: pytest.MonkeyPatc
 def test_a_run_without_failures_succeeds_whatever_it_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jaxrl_llm.bench.command.additions", lambda *_, peer: {})
+    monkeypatch.setattr("jaxrl_llm.bench.command.additions", lambda *_: {})
     assert run_bench(tiny(rows=("slice",)), Console()) == 0
     assert "0 of 0 figures are what is wanted" in capsys.readouterr().out
 
 
 def test_what_is_added_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = additions({}, peer=False)
+    added = additions({})
     assert added["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in added
-    assert additions({}, peer=True) == added  # no GPU to share
     monkeypatch.setattr("jaxrl_llm.bench.isolation._GPU", Path(__file__))
-    assert additions({}, peer=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    mine = {"GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu"}
-    assert additions(mine, peer=False) == {}
+    assert additions({})["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    mine = {"GLIBC_TUNABLES": "", "JAX_PLATFORMS": "cpu", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+    assert additions(mine) == {}
     monkeypatch.setenv("JAXRL_LLM_TEST", "here")
     assert in_fresh_process(variable, "JAXRL_LLM_TEST") == "here"
 

@@ -46,14 +46,6 @@ def test_the_median_decides(direction: Direction, below: bool, at: bool, above: 
     assert figure("f", [1.0], "x").holds is None
 
 
-def test_where_noise_may_decide_one_round_is_enough() -> None:
-    rounds = [0.8, 0.9, 1.01]
-    assert figure("f", rounds, "x", wanted=Wanted(">=", 1.0, within_noise=True)).holds
-    assert not figure("f", rounds, "x", wanted=Wanted(">=", 1.02, within_noise=True)).holds
-    assert figure("f", rounds, "x", wanted=Wanted("<=", 0.8, within_noise=True)).holds
-    assert not figure("f", rounds, "x", wanted=Wanted("<=", 0.7, within_noise=True)).holds
-
-
 def test_a_figure_is_the_median_and_range_of_its_rounds() -> None:
     found = figure("f", [3.0, 1.0, 2.5], "s", roof=[0.2, 0.9, 0.3])
     assert (found.value, found.low, found.high, found.rounds, found.roof) == (2.5, 1, 3, 3, 0.3)
@@ -82,8 +74,7 @@ def findings() -> Findings:
         "title",
         (
             figure("kept", [0.5, 0.7, 0.6], "share", roof=[0.3], wanted=Wanted(">", 0.55)),
-            figure("lost", [2.2, 2.0, 2.4], "x", wanted=Wanted("<=", 2.1, within_noise=False)),
-            figure("noisy", [0.9, 1.1], "x", wanted=Wanted(">=", 1.0, within_noise=True)),
+            figure("lost", [2.2, 2.0, 2.4], "x", wanted=Wanted("<=", 2.1)),
             figure("free", [0.012, 0.02, 0.01], "s"),
             figure("counted", [3 * 2**20], "B"),
         ),
@@ -94,7 +85,6 @@ def test_a_table_shows_found_beside_wanted_and_marks_misses() -> None:
     found = lines(RowResult("update", 1.0, findings()))
     assert found["kept"] == "kept 60.0 % 50.0 - 70.0 30.0 % > 55 % yes"
     assert found["lost"] == "lost 2.200 x 2.000 - 2.400 <= 2.1 MISSED"
-    assert found["noisy"] == "noisy 1.000 x 0.900 - 1.100 ~>= 1 yes"
     assert found["free"] == "free 12 ms 10 - 20"
     assert found["counted"] == "counted 3 MiB"
     assert found["update:"] == "update: title"
@@ -119,7 +109,7 @@ def test_json_has_every_number_and_what_was_wanted() -> None:
         "high": 2.4,
         "rounds": 3,
         "roof": None,
-        "wanted": {"direction": "<=", "bound": 2.1, "within_noise": False},
+        "wanted": {"direction": "<=", "bound": 2.1},
         "holds": False,
     }
     assert (cost["findings"], cost["error"]) == (None, "gone")

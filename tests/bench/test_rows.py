@@ -159,17 +159,17 @@ def test_decode() -> None:
     findings = decode.measure(tiny(peer=PEER))
     figures = by_name(findings)
     assert wanted(figures) == {
-        "float32, of its limit": ">= 0.5",
-        "bfloat16 (simulated), of its limit": ">= 0.5",
-        "speed, bfloat16 / float32": ">= 1",
-        "speed, int8 / float32": ">= 1",
-        "speed, fp8_e4m3 / float32": ">= 1",
-        "speed, fp8_e5m2 / float32": ">= 1",
-        "speed, int4 / float32": ">= 1",
+        "float32, of the limit": ">= 0.5",
+        "bfloat16 (simulated), of the limit": ">= 0.5",
+        "speed, bfloat16 / float32": ">= 0.97",
+        "speed, int8 / float32": ">= 0.97",
+        "speed, fp8_e4m3 / float32": ">= 0.97",
+        "speed, fp8_e5m2 / float32": ">= 0.97",
+        "speed, int4 / float32": ">= 0.97",
         "speed, float32 / peer's generate": ">= 2",
         "speed, unequal lengths / equal lengths": ">= 0.8",
     }
-    assert list(figures)[:5] == [*ROOF, "limit", "float32", "float32, of its limit"]
+    assert list(figures)[:5] == [*ROOF, "limit", "float32", "float32, of the limit"]
     assert "equal lengths, 4 requests of 8" in figures
     assert "unequal lengths, 1 to 15" in figures
     assert "The peer's fastest mode: only mode." in findings.notes
@@ -187,7 +187,8 @@ def test_the_limit_of_decoding_by_hand() -> None:
     layers = 2 * (16 * 2 * 16 + 16 * 2 * 8 + 16 * 4 + 4 * 3 * 16 * 8)
     entries = layers + 16 * 24
     reads = [4 * (entries + 3 * 2 * 2 * 8 * context) for context in (2, 3)]
-    prompts = model_flops(MODEL, rows=3, length=1, passes=FORWARD)
+    # One token of each prompt, and no head: no engine needs its logits.
+    prompts = model_flops(MODEL, rows=3, length=1, passes=FORWARD) - 2 * 3 * 16 * 24
     # Reading at 1 byte/s is all that counts, then computing at 1 FLOP/s.
     turns = Turns({PRODUCT: (roof.flops * 1e-9,), COPY: (roof.bytes,)})
     assert decode._limits(MODEL, config, roof, turns) == [
@@ -206,6 +207,7 @@ def test_publish(tmp_path: Path) -> None:
         "to the engine, device memory added": "<= 0",
         "speed, through a folder / plain write and fsync": ">= 0.8",
     }
+    assert figures["to the engine, device memory added"].value == 0
     assert figures["to the engine, float32"].value > 0
     written = figures["through a folder"].value * figures["through a folder, speed"].value
     entries = sum(leaf.size for leaf in jax.tree.leaves(make_setup(MODEL).params()))

@@ -67,7 +67,7 @@ def make_step(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()  # waits for a GPU; the update is queued behind the loss
+        return loss.item()  # waits for a GPU: its copy is queued behind the update
 
     return step
 

@@ -141,7 +141,7 @@ def test_only_blocks_with_something_to_see_are_computed(ends: tuple[int, ...], p
 
 
 def test_by_blocks_scores_of_a_row_never_exist() -> None:
-    """Neither in the gradient: the largest array has as many entries as the queries."""
+    """Neither in the gradient: the largest array has those of a block with another."""
     ids = segment_ids(LENGTH)[None]
 
     def total(*operands: jax.Array) -> jax.Array:
@@ -149,4 +149,4 @@ def test_by_blocks_scores_of_a_row_never_exist() -> None:
 
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(*operands(1))
     largest = max(int(np.prod(shape)) for shape in array_shapes(program))
-    assert largest < LENGTH * LENGTH
+    assert largest == HEADS * BLOCK**2

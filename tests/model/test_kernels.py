@@ -168,7 +168,14 @@ CONFIG = ModelConfig(
 
 @pytest.mark.usefixtures("cudnn_on_cpu")
 @pytest.mark.parametrize(
-    ("attention", "remat"), [("splash", "none"), ("splash", "attention"), ("cudnn", "block")]
+    ("attention", "remat"),
+    [
+        ("splash", "none"),
+        ("splash", "attention"),
+        ("cudnn", "block"),
+        ("blocked", "none"),
+        ("blocked", "attention"),
+    ],
 )
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(), MeshConfig(expert=2, context=2, tensor=2)], ids=["one", "eight"]
@@ -176,12 +183,15 @@ CONFIG = ModelConfig(
 def test_a_model_of_kernels_is_the_plain_model(
     mesh: MeshConfig, attention: Attention, remat: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inside the model's shard_map, with rows that are split: values, every gradient leaf."""
+    """Inside the model's shard_map, with rows that are split: values, every gradient leaf.
+
+    What stands in padding is anything: by blocks it sees nothing, else it sees padding.
+    """
     monkeypatch.setattr(kernels, "_obstacle", lambda *_: "")  # cuDNN's, which is not really called
     rows = 4
     tokens = np.random.default_rng(0).integers(0, 16, (rows, LENGTH)).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-    probe = normal(rows, LENGTH, 128, seed=3)
+    probe = normal(rows, LENGTH, 128, seed=3) * (packed(rows) > 0)[..., None]
     params = init_params(CONFIG, jax.random.key(1))
 
     def run(layout: Layout, compute: ComputeConfig) -> Any:
@@ -239,7 +249,7 @@ def test_auto_takes_a_kernel_where_there_is_one(
         ("gpu", {"attention": "splash"}, "attention is splash, a kernel for TPUs .* this is a gpu"),
         ("tpu", {"attention": "splash"}, "multiple of 128, and model.head_dim is 4; use auto, or"),
         ("tpu", {"attention": "cudnn"}, "attention is cudnn, a library for NVIDIA GPUs, .* a tpu"),
-        ("gpu", {"attention": "cudnn"}, "learner.compute.dtype is float32; use auto, or blocked"),
+        ("gpu", {"attention": "cudnn"}, "learner.compute.dtype is float32; use auto, or plain"),
         (
             "gpu",
             {"attention": "cudnn", "dtype": "bfloat16"},

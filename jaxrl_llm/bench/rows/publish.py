@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from jaxrl_llm.bench.config import BenchConfig
@@ -40,7 +41,7 @@ def measure(config: BenchConfig) -> Findings:
             **roof.contestants,
             ENGINE: hand_over,
             FOLDER: lambda: publisher.publish(params, next(versions)),
-            DISK: lambda: _write(Path(folder) / "plain", written),
+            DISK: partial(_write, Path(folder) / "plain", written, os.urandom(2**24)),
         }
         turns = take_turns(contestants, config.repeats)
     figures = (
@@ -76,10 +77,9 @@ def _publisher(setup: Setup, run_dir: Path) -> Publisher:
     )
 
 
-def _write(path: Path, size: int) -> None:
-    """A new file of so many bytes, on disk when this returns."""
+def _write(path: Path, size: int, block: bytes) -> None:
+    """A new file of so many bytes, this block again and again, on disk when this returns."""
     path.unlink(missing_ok=True)
-    block = os.urandom(2**24)
     with path.open("wb") as file:
         for start in range(0, size, len(block)):
             file.write(block[: size - start])

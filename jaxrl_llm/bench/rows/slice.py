@@ -35,6 +35,8 @@ def measure(config: BenchConfig) -> Findings:
             figures += in_fresh_process(measure_kernels, config, dispatch, attention)
         except Exception as error:  # a kernel that does not run is a result; the others go on
             notes.append(f"{dispatch}, {attention} did not run: {type(error).__name__}: {error}")
+    if not figures:
+        raise RuntimeError("; ".join(notes))
     notes.append("Each pair in a process of its own, with a roof of its own in the same rounds.")
     return Findings(title, tuple(figures), tuple(notes))
 

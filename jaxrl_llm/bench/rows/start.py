@@ -45,7 +45,9 @@ def measure(config: BenchConfig) -> Findings:
     )
     notes = (
         "From the start of the process to the first record of an update in metrics.jsonl, every "
-        "time with a new run directory; the first with an empty compilation cache.",
+        "time with a new run directory; the first with an empty compilation cache. The first "
+        "update of the quickstart is one of its cold start.",
+        "With this command's environment: JAX looks for no TPU where it has a TPU's library alone.",
     )
     return Findings(f"jaxrl-llm train {config.train}", figures, notes)
 

@@ -152,6 +152,8 @@ def _notes(peer: Peer | None) -> tuple[str, ...]:
         "others, less what the process held with its libraries loaded and no model; what set-up "
         "freed was handed back to the system before." + fresh
     )
+    if computes_in() != "float32":
+        peak = "Peak memory is the device's since the process began, set-up included; ours alone."
     if peer is None:
         return ours, roof, peak, NO_PEER
     named = (

@@ -36,9 +36,7 @@ class LocalEngineConfig:
     slots: int = 64  # responses that are decoded together
     max_length: int = 512  # longest prompt plus response, in tokens
     prefill_rows: int = 16  # prompts that enter together; decoding pauses when so many can
-    prefill_chunk: int = (
-        64  # most tokens of a prompt computed at once; longer ones take several calls
-    )
+    prefill_chunk: int = 64  # tokens of a prompt computed at once, at most; more take more calls
     decode_steps: int = 32  # most tokens per slot between two visits of the host
 
     def __post_init__(self) -> None:

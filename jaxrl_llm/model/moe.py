@@ -78,7 +78,8 @@ def dispatch(
       expert_params: gate and up [E, D, F], down [E, F, D]; cast to the dtype of x.
       implementation: "dense" computes all experts for all tokens (small batches); "blocked" sorts
         tokens by expert and multiplies the rows of each expert a block at a time; "ragged" is one
-        ragged product over the sorted tokens, "megablox" the same by a kernel for TPUs; "auto" picks.
+        ragged product over the sorted tokens, "megablox" the same by a kernel for TPUs; "auto"
+        picks.
       layout: all of the above are this device's share, inside layout.shard(): its own tokens, its
         part of the experts and of their width F. Tokens travel to their experts and back
         (exchange), and what the parts of F give is added up.

@@ -220,7 +220,7 @@ from pathlib import Path
 from tests.tiny import tiny_config
 
 def get_config():
-    return tiny_config(Path("unused"))
+    return tiny_config(Path(__file__).parent / "run")
 """
 
 

@@ -12,6 +12,9 @@ Array = jax.Array
 Leaf = np.ndarray | jax.Array
 """A field of what crosses between host and device."""
 
+BLOCK = 64
+"""Token ids of a block of the vocabulary."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Samplers:
 
 
 def sample(logits: Array, positions: Array, samplers: Samplers) -> tuple[Array, Array]:
-    """Draw one token per row.
+    """Draw one token per row: first a block of ids by its share of the whole, then one of its ids.
 
     Args:
       logits: f32[B, V].
@@ -45,10 +48,28 @@ def sample(logits: Array, positions: Array, samplers: Samplers) -> tuple[Array, 
     # Sorting the vocabulary is the dearest part of sampling, and most runs never need it.
     truncated = jnp.any((top_p < 1) | (top_k < logits.shape[-1]))
     kept = jax.lax.cond(truncated, keep, lambda scores, *_: scores, scaled, top_p, top_k)
-    logprobs = jax.nn.log_softmax(kept, axis=-1)
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(samplers.seed, positions, logits.shape[-1])
-    tokens = _first_highest(jnp.where(greedy[:, None], scaled, logprobs + noise))
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    blocks = _in_blocks(kept)
+    peaks = jnp.max(blocks, axis=-1)
+    highest = jnp.max(peaks, axis=-1)
+    shares = jnp.sum(jnp.exp(blocks - highest[:, None, None]), axis=-1)
+    # Noise for the ids of a block and for the blocks, not for all of the vocabulary.
+    _, count, size = blocks.shape
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(samplers.seed, positions, size + count)
+    noise = jnp.where(greedy[:, None], 0.0, noise)
+    weights = jnp.where(greedy[:, None], peaks, jnp.log(shares)) + noise[:, size:]
+    block = _first_highest(weights)
+    scores = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    index = _first_highest(scores + noise[:, :size])
+    score = jnp.take_along_axis(scores, index[:, None], axis=-1)[:, 0]
+    tokens = jnp.minimum(block * size + index, logits.shape[-1] - 1)  # NaN may choose what fills up
+    return tokens, score - highest - jnp.log(jnp.sum(shares, axis=-1))
+
+
+def _in_blocks(scores: Array) -> Array:
+    """f32[B, V] as [B, blocks, ids of one], filled up with tokens that are never drawn."""
+    size = min(BLOCK, scores.shape[-1])
+    filled = jnp.pad(scores, ((0, 0), (0, -scores.shape[-1] % size)), constant_values=-jnp.inf)
+    return filled.reshape(scores.shape[0], -1, size)
 
 
 def _first_highest(scores: Array) -> Array:

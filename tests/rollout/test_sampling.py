@@ -1,15 +1,19 @@
 """Samples against exact probabilities, and reported log-probabilities against the same."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from jaxrl_llm.rollout import sampling
 from jaxrl_llm.rollout.sampling import Samplers, keep, sample, seed_words
 from tests.reference.sampling import distribution
 
 LOGITS = np.array([1.0, 0.3, -0.5, 2.0, 0.3, -3.0, 1.2, 0.0], np.float32)
+GREEDY = "greedy ignores top_p"
 SETTINGS: dict[str, dict[str, float]] = {
     "plain": {},
     "hot": {"temperature": 1.7},
@@ -19,11 +23,20 @@ SETTINGS: dict[str, dict[str, float]] = {
     "top_k splits a tie": {"top_k": 4},
     "top_k of one": {"top_k": 1},
     "all": {"temperature": 1.4, "top_p": 0.85, "top_k": 5},
-    "greedy ignores top_p": {"temperature": 0.0, "top_p": 0.2, "top_k": 2},
+    GREEDY: {"temperature": 0.0, "top_p": 0.2, "top_k": 2},
 }
 DRAWS = 20_000
 
 sample_jit = jax.jit(sample)
+
+
+@pytest.fixture(params=[64, 3, 1], ids=["one block", "three blocks", "a block for each token"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The vocabulary in so many blocks; the last of three is filled up."""
+    monkeypatch.setattr(sampling, "BLOCK", request.param)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def samplers(seeds: np.ndarray, settings: dict[str, float]) -> Samplers:
@@ -44,6 +57,7 @@ def draw(settings: dict[str, float], *, position: int = 7) -> tuple[np.ndarray, 
     return np.asarray(tokens), np.asarray(logprobs)
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_samples_follow_the_exact_distribution(name: str) -> None:
     expected = distribution(LOGITS, **SETTINGS[name]) * DRAWS
@@ -56,6 +70,7 @@ def test_samples_follow_the_exact_distribution(name: str) -> None:
     assert stats.chi2.sf(surprise, freedom) > 1e-3
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_logprobs_are_of_the_distribution_that_was_sampled(name: str) -> None:
     settings = SETTINGS[name]
@@ -65,6 +80,13 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(name: str) -> None:
     expected = np.log(distribution(LOGITS, **told)[tokens])
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
     assert np.all(logprobs <= 0)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_greedy_takes_the_first_of_the_highest() -> None:
+    logits = np.array([[0, 1, 3, 2, 3, 3, 1, 3], [5, 0, 0, 0, 0, 0, 0, 6]], np.float32)
+    tokens, _ = sample_jit(logits, np.zeros(2, np.int32), samplers(np.arange(2), SETTINGS[GREEDY]))
+    np.testing.assert_array_equal(tokens, [2, 7])
 
 
 def test_rows_of_one_batch_keep_their_own_settings() -> None:
@@ -110,7 +132,9 @@ def test_top_p_of_one_keeps_tokens_beyond_a_rounded_sum_of_one() -> None:
     assert np.all(np.isfinite(kept))
 
 
+@pytest.mark.usefixtures("blocks")
 def test_logits_that_are_not_finite_give_a_logprob_that_is_not() -> None:
     logits = np.array([[0.0, np.nan, 1.0], [np.inf, np.inf, 0.0], [0.0, 0.0, 1.0]], np.float32)
-    _, logprobs = sample_jit(logits, np.zeros(3, np.int32), samplers(np.arange(3), {}))
+    tokens, logprobs = sample_jit(logits, np.zeros(3, np.int32), samplers(np.arange(3), {}))
+    assert np.all((tokens >= 0) & (tokens < 3))
     np.testing.assert_array_equal(np.isfinite(logprobs), [False, False, True])

@@ -5,19 +5,20 @@ numerics (precision.py). It is written apart from the learner's on purpose: cach
 incremental, with every factor of a linear layer quantised. What it is not: a scheduler; which
 request sits in which row is local.py's business.
 
-The weights are read as the learner has them (precision.pack_weights). Tokens are sorted by expert,
-and each expert multiplies its own in blocks of rows; in small models every expert meets every
-token. Attention reads the cache in blocks of positions, up to the last one that any row needs.
+The weights are read as the learner has them (precision.pack_weights). Layers are written out one by
+one: a compiler for CPUs copies what a loop cuts out of a stack of matrices before it multiplies. A
+few rows of every expert are one product, what is left goes expert by expert in blocks of rows; in
+small models every expert meets every token. Attention reads the cache in blocks of positions, up to
+the last one that any row needs.
 
-Shapes: B rows computed together, C tokens of each; R rows of the KV cache, M positions of each; D
-width, H query heads, KV key and value heads, P head size, E experts, K experts per token, F width
-of an expert, L MoE layers, n layers of a segment, V vocabulary.
+Shapes: B rows computed together, C tokens of each; R rows of the KV cache; D width, H query heads,
+KV key and value heads, P head size, E experts, K experts per token, F width of an expert, L MoE
+layers, n layers of a segment, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm.model.assignments import (
+    Moves,
     Order,
     from_rows,
     sort_by_expert,
-    to_rows,
     weights_of_rows,
 )
 from jaxrl_llm.model.config import ModelConfig
@@ -39,16 +40,25 @@ from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, quantize, 
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, sample
 
 Array = jax.Array
-Cache = dict[str, tuple[Array, Array]]
-"""Of each segment keys f32[n, Z, R, KV, P, S] and values f32[n, Z, R, KV, S, P]: Z blocks of S
-positions, each in one piece of memory, whose rows are the right factors of products as they lie."""
+Stored = list[tuple[Array, Array]]
+"""Of each block of S positions keys f32[R, KV, P, S] and values f32[R, KV, S, P]: right factors of
+products as they lie."""
+
+Cache = list[Stored]
+"""Of each layer."""
+
+BLOCKS = 4
+"""Blocks of the cache, at most: each is written out in the program of every layer."""
 
 BLOCK = 64
-"""Positions of a block of the cache."""
+"""Positions of a block of the cache, at least."""
 
 FEW = 2**24
 """Up to so many products of a token's value with an expert's column all experts meet all tokens: a
 loop over the experts' blocks takes longer for its many small steps. Reckoned for CPUs."""
+
+MATRICES = ("gate", "up", "down")
+"""Of an expert, by their names."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,21 +87,16 @@ class Decoded:
 
 
 def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
-    """A KV cache of zeros for `rows` rows of `length` positions."""
-
-    block = min(length, BLOCK)
-    blocks = -(-length // block)
-
-    def zeros(layers: int, *last: int) -> Array:
-        return jnp.zeros((layers, blocks, rows, model.num_kv_heads, *last))
-
-    return {
-        f"{index:02}": (
-            zeros(layers, model.head_dim, block),
-            zeros(layers, block, model.head_dim),
-        )
-        for index, (_, layers) in enumerate(model.segments)
-    }
+    """A KV cache of zeros for `rows` rows of at least `length` positions."""
+    size = min(length, max(BLOCK, -(-length // BLOCKS)))
+    lead = rows, model.num_kv_heads
+    return [
+        [
+            (jnp.zeros((*lead, model.head_dim, size)), jnp.zeros((*lead, size, model.head_dim)))
+            for _ in range(0, length, size)
+        ]
+        for _ in range(model.num_layers)
+    ]
 
 
 @partial(jax.jit, static_argnames="numerics", donate_argnames="cache")
@@ -124,6 +129,7 @@ def decode(
     finite. Rows at rest are computed along and change nothing that is ever read.
     """
     model = numerics.model
+    weights = _by_layer(weights)
     size = slots.token.shape[0]
     began = jnp.count_nonzero(slots.active)
     made = (
@@ -189,32 +195,39 @@ def extend(
     model, precision = numerics.model, numerics.precision
     place = _Place(rows, positions, rotary_table(positions, model.head_dim, model.rope_theta))
 
-    def layers(blocks: Weights, carry: tuple[Any, ...], index: Array) -> tuple[Any, Any]:
-        hidden, stored = carry
-        block = _at(blocks["attention"], index)
-        normed = _norm(hidden, blocks["attention_norm"][index], numerics)
-        query, key, value = _project(normed, place.rotary, block, numerics)
-        stored = _store(stored, (key, value), index, place)
-        change = _linear(_attend(query, stored, index, place), block["o"], precision)
-        hidden = round_wide(hidden + change, precision)
-        normed = _norm(hidden, blocks["mlp_norm"][index], numerics)
-        change, routes = _mlp(normed, positions >= 0, blocks["mlp"], index, numerics)
-        return (round_wide(hidden + change, precision), stored), routes
-
-    hidden, routes = weights["embed"][tokens], []
+    hidden, routes, cache = weights["embed"][tokens], [], list(cache)
+    layers = [
+        (blocks, index)
+        for blocks in weights["segments"].values()
+        for index in range(blocks["mlp_norm"].shape[0])
+    ]
     # Accelerators round float32 factors unless told not to; the grids are finer than that.
     with jax.default_matmul_precision("highest"):
-        for name, blocks in weights["segments"].items():
-            # Not slices of the weights as the loop's inputs: each would be copied whole.
-            indices = jnp.arange(blocks["mlp_norm"].shape[0])
-            carry, chosen = jax.lax.scan(partial(layers, blocks), (hidden, cache[name]), indices)
-            hidden, cache = carry[0], {**cache, name: carry[1]}
+        for depth, (blocks, index) in enumerate(layers):
+            block = _at(blocks["attention"], index)
+            normed = _norm(hidden, blocks["attention_norm"][index], numerics)
+            query, key, value = _project(normed, place.rotary, block, numerics)
+            cache[depth] = _store(cache[depth], key, value, place)
+            change = _linear(_attend(query, cache[depth], place), block["o"], precision)
+            hidden = round_wide(hidden + change, precision)
+            normed = _norm(hidden, blocks["mlp_norm"][index], numerics)
+            change, chosen = _mlp(normed, positions >= 0, blocks["mlp"], index, numerics)
+            hidden = round_wide(hidden + change, precision)
             routes += [] if chosen is None else [chosen]
-    hidden = _norm(hidden, weights["final_norm"], numerics)
-    return cache, hidden, jnp.moveaxis(jnp.concatenate(routes), 0, 2)
+    return cache, _norm(hidden, weights["final_norm"], numerics), jnp.stack(routes, axis=2)
 
 
-def _at(tree: Weights, index: Array) -> Weights:
+def _by_layer(weights: Weights) -> Weights:
+    """Every layer a segment of its own: cut once, the matrices of one are whole arrays."""
+    segments = {
+        f"{name}.{index}": jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], blocks)
+        for name, blocks in weights["segments"].items()
+        for index in range(blocks["mlp_norm"].shape[0])
+    }
+    return {**weights, "segments": segments}
+
+
+def _at(tree: Weights, index: int) -> Weights:
     return {name: leaf[index] for name, leaf in tree.items()}
 
 
@@ -239,60 +252,68 @@ def _project(
     return query, key, value
 
 
-def _store(
-    stored: tuple[Array, Array], new: tuple[Array, Array], layer: Array, place: _Place
-) -> tuple[Array, Array]:
+def _store(stored: Stored, key: Array, value: Array, place: _Place) -> Stored:
     """Put keys and values [B, C, KV, P] at their place in one layer of the cache."""
-    keys, values = stored
-    _, blocks, rows, _, _, size = keys.shape
+    # A share of 0 does not erase a NaN, which a later occupant of the row would find ahead. Keys
+    # may have one: they spoil those alone who look at them.
+    sound = jnp.all(jnp.isfinite(value), axis=-1, keepdims=True)
+    key, value = jnp.where(sound, key, jnp.nan), jnp.where(sound, value, 0.0)
+    rows, _, _, size = stored[0][0].shape
     row = (jnp.arange(rows) if place.rows is None else place.rows)[:, None]
-    block = jnp.where(place.positions < 0, blocks, place.positions // size)  # that does not exist
     offset = place.positions % size
-    return (
-        keys.at[layer, block, row, :, :, offset].set(new[0], mode="drop"),
-        values.at[layer, block, row, :, offset].set(new[1], mode="drop"),
-    )
+
+    def put(index: int, keys: Array, values: Array) -> tuple[Array, Array]:
+        here = (place.positions >= 0) & (place.positions // size == index)
+        line = jnp.where(here, row, rows)  # one that does not exist
+        return (
+            keys.at[line, :, :, offset].set(key, mode="drop"),
+            values.at[line, :, offset].set(value, mode="drop"),
+        )
+
+    return [put(index, *block) for index, block in enumerate(stored)]
 
 
-def _attend(query: Array, stored: tuple[Array, Array], layer: Array, place: _Place) -> Array:
+def _attend(query: Array, stored: Stored, place: _Place) -> Array:
     """Grouped-query attention of query[B, C, H, P] over one layer of the cache: [B, C, H P].
 
     Block after block of positions up to the last one that any row needs. A block that a row does
     not need changes not a bit of its result.
     """
-    keys, values = stored
     batch, columns, _, size = query.shape
-    _, blocks, _, kv_heads, _, block_size = keys.shape
+    _, kv_heads, _, block_size = stored[0][0].shape
     # The queries that share a key head are rows of one product.
     queries = jnp.moveaxis(query.reshape(batch, columns, kv_heads, -1, size), 1, 3)
     queries = queries.reshape(batch, kv_heads, -1, size) * size**-0.5
-    last = jnp.max(place.positions, axis=1)
 
-    def block(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def block(
+        index: int, keys: Array, values: Array, carry: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         top, total, attended = carry
-        here = (layer, index) if place.rows is None else (layer, index, place.rows)
+        if place.rows is not None:
+            keys, values = keys[place.rows], values[place.rows]
         ahead = index * block_size + jnp.arange(block_size)
-        # Ahead of a row may lie an earlier occupant's NaN, which a share of 0 does not erase.
-        reached = (ahead <= last[:, None])[:, None, :, None]
-        value = jnp.where(reached, values[here], 0.0)
         visible = (ahead <= place.positions[..., None])[:, None, None]
-        scores = jnp.einsum("bkqp,bkps->bkqs", queries, keys[here])
+        scores = jnp.einsum("bkqp,bkps->bkqs", queries, keys)
         scores = scores.reshape(batch, kv_heads, -1, columns, block_size)
         scores = jnp.where(visible, scores, -1e30).reshape(batch, kv_heads, -1, block_size)
         highest = jnp.maximum(top, jnp.max(scores, axis=-1))
         shares, decay = jnp.exp(scores - highest[..., None]), jnp.exp(top - highest)
-        attended = attended * decay[..., None] + jnp.einsum("bkqs,bksp->bkqp", shares, value)
+        attended = attended * decay[..., None] + jnp.einsum("bkqs,bksp->bkqp", shares, values)
         return highest, total * decay + jnp.sum(shares, axis=-1), attended
 
-    count = 1 if blocks == 1 else jnp.max(last) // block_size + 1
     start = jnp.full(queries.shape[:-1], -1e30), jnp.zeros(queries.shape[:-1])
-    _, total, attended = jax.lax.fori_loop(0, count, block, (*start, jnp.zeros_like(queries)))
+    carry = block(0, *stored[0], (*start, jnp.zeros_like(queries)))
+    last = jnp.max(place.positions)
+    for index, (keys, values) in enumerate(stored[1:], start=1):
+        compute = partial(block, index, keys, values)
+        carry = jax.lax.cond(index * block_size <= last, compute, lambda same: same, carry)
+    _, total, attended = carry
     attended = (attended / total[..., None]).reshape(batch, kv_heads, -1, columns, size)
     return jnp.moveaxis(attended, 3, 1).reshape(batch, columns, -1)
 
 
 def _mlp(
-    x: Array, present: Array, stacked: Weights, layer: Array, numerics: Numerics
+    x: Array, present: Array, stacked: Weights, layer: int, numerics: Numerics
 ) -> tuple[Array, Array | None]:
     """The dense or sparse MLP of x[B, C, D], and routes i16[B, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
@@ -317,7 +338,7 @@ def _inner(gate: Array, up: Array, precision: Precision) -> Array:
 
 
 def _all_experts(
-    x: Array, experts: Array, weights: Array, stacked: Weights, layer: Array, precision: Precision
+    x: Array, experts: Array, weights: Array, stacked: Weights, layer: int, precision: Precision
 ) -> Array:
     """Like _blocked, with every expert on every token: a token's weights are 0 for the rest."""
     count = stacked["router"].shape[-1]
@@ -329,47 +350,67 @@ def _all_experts(
 
 
 def _blocked(
-    x: Array, experts: Array, weights: Array, stacked: Weights, layer: Array, precision: Precision
+    x: Array, experts: Array, weights: Array, stacked: Weights, layer: int, precision: Precision
 ) -> Array:
     """The sum over each token's experts: of [N, D], experts i32[N, K] and weights f32[N, K].
 
-    Assignments are sorted by expert, and each expert computes its rows block by block.
+    Assignments are sorted by expert. The first few of every expert are one product of all; the
+    others come block by block, of which the last of an expert reaches into the rows of the next,
+    which overwrites what is left there.
     """
-    num_experts = stacked["router"].shape[-1]
-    size = 16 if experts.size <= 16 * num_experts else 64
+    num_experts, width = stacked["router"].shape[-1], x.shape[-1]
+    few, size = _block_rows(experts.size, num_experts)
     order = sort_by_expert(experts, num_experts, spare=size)
-    gate, up = _products(to_rows(x, order.moves), stacked, ("gate", "up"), layer, order)
-    scales = weights_of_rows(weights, order.moves)[:, None]
-    inner = _inner(gate, up, precision) * scales
-    return from_rows(_products(inner, stacked, ("down",), layer, order)[0], order.moves)
+    moves, start = _few_first(order, experts, few), num_experts * few
+    tokens = jnp.minimum(moves.source // experts.shape[1], x.shape[0] - 1)
+    scales = weights_of_rows(weights, moves)[:, None]
 
+    def compute(tokens: Array, scales: Array, gate: Array, up: Array, down: Array) -> Array:
+        return (_inner(x[tokens] @ gate, x[tokens] @ up, precision) * scales) @ down
 
-def _products(
-    rows: Array, stacked: Weights, names: Sequence[str], layer: Array, order: Order
-) -> tuple[Array, ...]:
-    """rows[R, I] times the named matrices [I, O] of each row's expert in one layer: [R, O] each.
-
-    The last block of an expert reaches into the rows of the next, which overwrites what is left
-    there. A block has as many rows as the order has spare ones.
-    """
-    num_experts, count = order.sizes.size, order.moves.row.size
-    size = rows.shape[0] - count
-    blocks = -(-order.sizes // size)
+    blocks = -(-jnp.maximum(order.sizes - few, 0) // size)
     ends = jnp.cumsum(blocks)
-    index = jnp.arange(count // size + num_experts)
-    owner = jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1), num_experts - 1)
-    first = (order.ends - order.sizes)[owner] + (index - (ends - blocks)[owner]) * size
 
-    def block(index: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
-        mine = jax.lax.dynamic_slice_in_dim(rows, first[index], size)
-        products = (mine @ stacked[name][layer, owner[index]] for name in names)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(output, product, first[index], axis=0)
-            for output, product in zip(outputs, products, strict=True)
-        )
+    def block(index: Array, output: Array) -> Array:
+        owner = jnp.sum(index >= ends)
+        rest = start + order.ends[owner] - order.sizes[owner] + few
+        first = rest + (index - ends[owner] + blocks[owner]) * size
+        mine = (jax.lax.dynamic_slice_in_dim(part, first, size) for part in (tokens, scales))
+        new = compute(*mine, *(stacked[name][layer, owner] for name in MATRICES))
+        return jax.lax.dynamic_update_slice_in_dim(output, new, first, axis=0)
 
-    outputs = tuple(jnp.zeros((rows.shape[0], stacked[name].shape[-1])) for name in names)
-    return jax.lax.fori_loop(0, ends[-1], block, outputs)
+    def others(output: Array) -> Array:
+        output = jnp.pad(output, ((0, tokens.size - start), (0, 0)))
+        return from_rows(jax.lax.fori_loop(0, ends[-1], block, output), moves)
+
+    if few == 0:
+        return others(jnp.zeros((0, width)))
+    first = (part[:start].reshape(num_experts, few, *part.shape[1:]) for part in (tokens, scales))
+    output = compute(*first, *(stacked[name][layer] for name in MATRICES)).reshape(start, width)
+    return jax.lax.cond(ends[-1] > 0, others, lambda output: from_rows(output, moves), output)
+
+
+def _block_rows(assignments: int, num_experts: int) -> tuple[int, int]:
+    """Rows of every expert in the one product of all, 0 if there is none, and rows of a block.
+
+    Twice a mean load holds nearly all. Where loads are large, blocks have fewer empty rows; where
+    few experts are chosen at all, the product would read the others for nothing.
+    """
+    if num_experts <= 2 * assignments <= 32 * num_experts:
+        few = 8 * -(-assignments // (4 * num_experts))
+        return few, few
+    return 0, 16 if assignments <= 16 * num_experts else 64
+
+
+def _few_first(order: Order, experts: Array, few: int) -> Moves:
+    """The order's rows after `few` of every expert, which the first of its assignments go to."""
+    count, firsts, place = experts.size, order.ends - order.sizes, jnp.arange(few)
+    source = order.moves.source[firsts[:, None] + place]
+    source = jnp.where(place < order.sizes[:, None], source, count).reshape(-1)
+    expert = jnp.minimum(experts, firsts.size - 1)
+    rank = order.moves.row - firsts[expert]
+    row = jnp.where(rank < few, expert * few + rank, source.size + order.moves.row)
+    return Moves(jnp.concatenate([source, order.moves.source]), row)
 
 
 def _linear(x: Array, matrix: Array, precision: Precision) -> Array:

@@ -79,11 +79,10 @@ def to_rows(x: Array, moves: Moves) -> Array:
 def from_rows(rows: Array, moves: Moves) -> Array:
     """rows[R, D] -> [N, D]: every token gets the sum of the rows of its assignments, added up in
     float32; what empty rows hold is nowhere in it."""
-    there = (moves.row < rows.shape[0])[..., None]
-    # All first assignments, then all second ones ...: sums of such parts are sums of whole arrays,
-    # where those along K of [N, K, D] would be sums inside of tiles.
-    taken = jnp.split(rows.at[moves.row.T.reshape(-1)].get(mode="clip"), moves.row.shape[1])
-    parts = (jnp.where(there[:, k], part.astype(jnp.float32), 0) for k, part in enumerate(taken))
+    # Indices that a CPU's compiler cannot take into the sum, where it would compute each of them
+    # again for every number that it fetches.
+    index = jax.lax.optimization_barrier(moves.row.T)
+    parts = (rows.at[row].get(mode="fill", fill_value=0).astype(jnp.float32) for row in index)
     return sum(parts, jnp.float32(0)).astype(rows.dtype)
 
 

@@ -47,7 +47,7 @@ def expert_sum(
     num_experts = params["gate"].shape[0]
     if implementation == "blocked":
         params = {name: matrices.astype(x.dtype) for name, matrices in params.items()}
-        spare, _ = _block_rows(experts.size, num_experts)
+        spare = _block_rows(experts.size, num_experts)[0]
         return _blocked(x, weights, params, sort_by_expert(experts, num_experts, spare=spare))
     order = sort_by_expert(experts, num_experts)
     rows, scales = to_rows(x, order.moves), weights_of_rows(weights, order.moves)[:, None]
@@ -84,14 +84,14 @@ def _dense(x: Array, experts: Array, weights: Array, params: Experts) -> Array:
     return scaled @ params["down"].astype(x.dtype).reshape(num_experts * inner, width)
 
 
-def _block_rows(assignments: int, num_experts: int) -> tuple[int, int]:
-    """Rows of a large and of a small block: powers of two near half and an eighth of a mean load.
+def _block_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of blocks, the largest first: powers of two near a mean load, its half and its eighth.
 
     Large ones make products efficient, small ones leave little of an expert's last one empty.
     """
     mean = max(assignments / num_experts, 1)
-    small = 2 ** min(max(round(math.log2(mean / 8)), 3), 7)
-    return 4 * small, small
+    small = 2 ** min(max(round(math.log2(mean / 8)), 3), 6)
+    return 8 * small, 4 * small, small
 
 
 @jax.custom_vjp
@@ -202,14 +202,18 @@ def _each_block(
     params: Experts,
     carry: Any,
 ) -> Any:
-    """block(first row, rows, carry) for the rows of one expert: large blocks, then small ones."""
-    large, small = _block_rows(order.moves.row.size, params["gate"].shape[0])
+    """block(first row, rows, carry) for the rows of one expert, the largest blocks first."""
+    *larger, smallest = _block_rows(order.moves.row.size, params["gate"].shape[0])
     first = order.ends[expert] - order.sizes[expert]
-    count = order.sizes[expert] // large
-    carry = jax.lax.fori_loop(0, count, lambda i, c: block(first + i * large, large, c), carry)
-    rest = first + count * large
-    count = -(-(order.ends[expert] - rest) // small)
-    return jax.lax.fori_loop(0, count, lambda i, c: block(rest + i * small, small, c), carry)
+
+    def blocks(size: int, first: Array, count: Array, carry: Any) -> Any:
+        return jax.lax.fori_loop(0, count, lambda i, c: block(first + i * size, size, c), carry)
+
+    for size in larger:
+        count = (order.ends[expert] - first) // size
+        carry = blocks(size, first, count, carry)
+        first += count * size
+    return blocks(smallest, first, -(-(order.ends[expert] - first) // smallest), carry)
 
 
 def _own(scales: Array, first: Array, size: int, end: Array) -> Array:

@@ -295,10 +295,10 @@ def test_auto_picks_by_platform_and_batch(
 
 
 @pytest.mark.parametrize(
-    ("assignments", "rows"), [(1, 8), (8 * 64, 8), (8 * 256, 32), (8 * 3072, 128), (10**7, 128)]
+    ("assignments", "rows"), [(1, 8), (8 * 64, 8), (8 * 256, 32), (8 * 3072, 64), (10**7, 64)]
 )
 def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, rows: int) -> None:
-    assert grouped._block_rows(assignments, EXPERTS) == (4 * rows, rows)
+    assert grouped._block_rows(assignments, EXPERTS) == (8 * rows, 4 * rows, rows)
 
 
 def test_more_assignments_than_a_sort_key_can_hold_are_refused() -> None:

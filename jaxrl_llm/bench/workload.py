@@ -89,7 +89,7 @@ class Setup:
 
 def make_setup(model: ModelConfig) -> Setup:
     """Of a model, in the type that this backend computes in, nothing computed again."""
-    compute = ComputeConfig(dtype=computes_in(), remat="none")  # type: ignore[arg-type]
+    compute = ComputeConfig(dtype=computes_in(), remat="none", keep_logits=True)  # type: ignore[arg-type]
     learning = OptimizerConfig(learning_rate=LEARNING_RATE)
     learner = LearnerConfig(optimizer=learning, compute=compute)
     return Setup(model, learner, make_optimizer(learning, 1), make_layout(MeshConfig()))

@@ -171,6 +171,7 @@ def make_policy(
             batch.targets,
             temperature=temperature,
             chunk=compute.logprob_chunk,
+            keep=compute.keep_logits,
             layout=layout,
         )
         return Policy(logprobs, entropy, output.router)

@@ -108,7 +108,10 @@ class ComputeConfig:
     # auto: splash on TPUs, cudnn on GPUs, plain where they cannot; on CPUs blocked for long rows.
     attention: Attention = "auto"
     attention_chunk: int = 0  # plain attention: queries at once, to save memory; 0: all of them
-    logprob_chunk: int = 256  # positions whose logits exist at once
+    logprob_chunk: int = 128  # positions whose logits are computed at once
+    # Keep the logits of all positions for the gradient, 4 bytes for each token and vocabulary entry
+    # of a micro-batch; else they are computed again.
+    keep_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.attention_chunk < 0:

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, taken from hidden states without holding [B, S, V].
 
-The gradient is written out: it takes two passes over the logits of a chunk, which it computes again
-from their maximum and sum, where differentiation would keep or recompute each step of the softmax.
+The gradient is written out: it takes two passes over the logits of a chunk, computed again or kept,
+and their maximum and sum, where differentiation would keep or recompute each step of the softmax.
 
 Shapes: B rows, S positions of each, C of them at a time, N = B C, D width, V vocabulary.
 """
@@ -30,6 +30,7 @@ def token_logprobs(
     *,
     temperature: float,
     chunk: int,
+    keep: bool = False,
     layout: Layout = ONE_DEVICE,
 ) -> tuple[Array, Array]:
     """Log-probability of each target, and entropy, under softmax(logits / temperature).
@@ -40,8 +41,9 @@ def token_logprobs(
       unembed: f32[D, V].
       targets: i32[B, S].
       temperature: above 0; that of the sampling, so that mu and pi are the same kind of thing.
-      chunk: positions whose logits, f32[B, chunk, V], exist at a time, in the gradient too. One
-        that holds all positions computes nothing again: the logits are kept.
+      chunk: positions whose logits, f32[B, chunk, V], are computed at a time.
+      keep: keep the logits of all chunks, f32[B, S, V], for the gradient. Else it computes those of
+        a chunk again, but for one that holds all positions: its logits are there anyway.
       layout: how the arrays are split: hidden and targets as a batch, the head by its rules.
 
     Returns:
@@ -54,7 +56,8 @@ def token_logprobs(
         head = layout.whole(unembed, HEAD)  # f32[D, this device's part of V]
         local = targets - layout.share("vocab") * head.shape[1]
         operands = layout.vary((hidden, head), (*TOKEN_AXES, *layout.axes("vocab")))
-        return _logprobs(temperature, chunk, layout, *operands, local)
+        parts = min(chunk, hidden.shape[1]), keep or chunk >= hidden.shape[1]
+        return _logprobs(temperature, *parts, layout, *operands, local)
 
     tokens = layout.tokens
     return layout.shard(share, (tokens, layout.spec(HEAD), tokens), tokens)(
@@ -62,20 +65,30 @@ def token_logprobs(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _logprobs(
-    temperature: float, chunk: int, layout: Layout, hidden: Array, head: Array, targets: Array
+    temperature: float,
+    chunk: int,
+    keep: bool,
+    layout: Layout,
+    hidden: Array,
+    head: Array,
+    targets: Array,
 ) -> tuple[Array, Array]:
     """targets: ids from the first one of this device's part of the vocabulary."""
-    return _forward(temperature, chunk, layout, hidden, head, targets)[0]
+    return _forward(temperature, chunk, keep, layout, hidden, head, targets)[0]
 
 
 def _forward(
-    temperature: float, chunk: int, layout: Layout, hidden: Array, head: Array, targets: Array
+    temperature: float,
+    chunk: int,
+    keep: bool,
+    layout: Layout,
+    hidden: Array,
+    head: Array,
+    targets: Array,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
-    length = hidden.shape[1]
-
-    def part(arrays: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array]:
+    def part(arrays: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
         flat, wanted = arrays[0].reshape(-1, hidden.shape[-1]), arrays[1]
         logits = _logits(flat, head, temperature)
         largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -92,29 +105,25 @@ def _forward(
         total, weighted, target = layout.total(jnp.stack(sums), "vocab")
         log_total = jnp.log(total)
         found = target - log_total, log_total - weighted / total, largest[:, 0], log_total
-        return tuple(x.reshape(wanted.shape) for x in found), logits
+        return tuple(x.reshape(wanted.shape) for x in found), logits if keep else None
 
-    logits = None
-    if chunk >= length:
-        numbers, logits = part((hidden, targets))
-    else:
-        parts = split_chunks((hidden, targets), chunk)
-        numbers = join_chunks(jax.lax.map(lambda arrays: part(arrays)[0], parts), length)
-    logprobs, *others = numbers
+    numbers, logits = jax.lax.map(part, split_chunks((hidden, targets), chunk))
+    logprobs, *others = join_chunks(numbers, hidden.shape[1])
     return (logprobs, others[0]), (hidden, head, targets, tuple(others), logits)
 
 
 def _backward(
     temperature: float,
     chunk: int,
+    keep: bool,
     layout: Layout,
     saved: tuple[Any, ...],
     gradients: tuple[Array, Array],
 ) -> tuple[Array, Array, None]:
-    hidden, head, targets, others, logits = saved
+    hidden, head, targets, others, kept = saved
 
-    def part(arrays: tuple[Array, ...], logits: Array | None) -> tuple[Array, Array]:
-        hidden, wanted, *numbers = arrays
+    def add(total: Array, part: tuple[Any, Any]) -> tuple[Array, Any]:
+        (hidden, wanted, *numbers), logits = part
         flat = hidden.reshape(-1, hidden.shape[-1])
         columns = (x.reshape(-1, 1) for x in numbers)
         to_logprob, to_entropy, entropy, largest, log_total = columns
@@ -124,18 +133,11 @@ def _backward(
         pull = to_logprob + to_entropy * (log_shares + entropy)
         to_logits = jnp.where(_chosen(wanted, logits), to_logprob, 0.0) - jnp.exp(log_shares) * pull
         to_hidden, to_head = _to_factors(flat, head, to_logits / temperature)
-        return to_hidden.reshape(hidden.shape), to_head
+        return total + to_head, to_hidden.reshape(hidden.shape)
 
-    numbers = alike((*gradients, *others), hidden)
-    arrays = (hidden, targets, *numbers)
-    if logits is not None:
-        return *part(arrays, logits), None
-
-    def add(total: Array, arrays: tuple[Array, ...]) -> tuple[Array, Array]:
-        to_hidden, to_head = part(arrays, None)
-        return total + to_head, to_hidden
-
-    to_head, parts = jax.lax.scan(add, jnp.zeros_like(head), split_chunks(arrays, chunk))
+    arrays = (hidden, targets, *alike((*gradients, *others), hidden))
+    parts = split_chunks(arrays, chunk), kept
+    to_head, parts = jax.lax.scan(add, jnp.zeros_like(head), parts)
     return join_chunks(parts, hidden.shape[1]), to_head, None
 
 

@@ -193,7 +193,11 @@ def extend(
       the cache, hidden f32[B, C, D] after the final norm, and routes i16[B, C, L, K].
     """
     model, precision = numerics.model, numerics.precision
-    place = _Place(rows, positions, rotary_table(positions, model.head_dim, model.rope_theta))
+    # Else a compiler for CPUs takes the cosines into every rotation, once for each head.
+    rotary = jax.lax.optimization_barrier(
+        rotary_table(positions, model.head_dim, model.rope_theta)
+    )
+    place = _Place(rows, positions, rotary)
 
     hidden, routes, cache = weights["embed"][tokens], [], list(cache)
     layers = [

@@ -70,12 +70,12 @@ def forward_flops(tokens: int) -> dict[str, int]:
     return {part: tokens * flops for part, flops in per_token.items()}
 
 
-def training_flops(tokens: int, *, remat: bool) -> int:
+def training_flops(tokens: int, *, remat: bool, keep_logits: bool = False) -> int:
     """Forward, gradient, and what is computed again for it."""
     parts = forward_flops(tokens)
     forward = sum(parts.values())
-    # The head is recomputed always, being computed in chunks. Of a layer that is recomputed the
-    # result of its last product is not: no gradient needs it.
+    # Of a layer that is recomputed the result of its last product is not: no gradient needs it.
+    head = 0 if keep_logits else parts["head"]
     layers = forward - parts["head"] - parts["down"] if remat else 0
     # The matrix of the rotation is a constant and has no gradient.
-    return 3 * forward - parts["rotation"] + parts["head"] + layers
+    return 3 * forward - parts["rotation"] + head + layers

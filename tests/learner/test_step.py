@@ -309,6 +309,7 @@ def test_an_update_by_kernels_is_the_plain_update(
         dispatch="megablox",
         remat=remat,  # type: ignore[arg-type]
         logprob_chunk=3,
+        keep_logits=remat == "dots",
     )
     state, metrics = update_on(config, batch, WIDE, compute)
     wanted = optax.tree.get(by_plain[0].opt_state, "mu")

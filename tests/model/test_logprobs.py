@@ -31,13 +31,14 @@ def reference(temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
     return np.sum(hot * logs, -1), entropy, to_logits @ unembed.T, to_unembed
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 5, 64])
-def test_values_and_gradients_equal_the_full_softmax(chunk: int) -> None:
+def test_values_and_gradients_equal_the_full_softmax(chunk: int, keep: bool) -> None:
     hidden, unembed, targets = inputs()
     logprobs, entropy, to_hidden, to_unembed = reference(0.7)
 
     def total(hidden: jax.Array, unembed: jax.Array) -> tuple[jax.Array, tuple]:
-        outputs = token_logprobs(hidden, unembed, targets, temperature=0.7, chunk=chunk)
+        outputs = token_logprobs(hidden, unembed, targets, temperature=0.7, chunk=chunk, keep=keep)
         return sum(jnp.sum(output) for output in outputs), outputs
 
     gradients, outputs = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden, unembed)
@@ -47,18 +48,20 @@ def test_values_and_gradients_equal_the_full_softmax(chunk: int) -> None:
     np.testing.assert_allclose(gradients[1], to_unembed, atol=1e-4)
 
 
-def test_logits_of_all_positions_never_exist() -> None:
+@pytest.mark.parametrize(("keep", "chunks", "products"), [(False, 1, 4), (True, 3, 3)])
+def test_logits_of_all_positions_exist_only_if_kept_and_are_not_computed_again_then(
+    keep: bool, chunks: int, products: int
+) -> None:
     hidden, unembed, targets = inputs()
 
     def total(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
-        return sum(
-            jnp.sum(output)
-            for output in token_logprobs(hidden, unembed, targets, temperature=1.0, chunk=4)
-        )
+        found = token_logprobs(hidden, unembed, targets, temperature=1.0, chunk=4, keep=keep)
+        return sum(jnp.sum(output) for output in found)
 
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(hidden, unembed)
     largest = max(int(np.prod(s)) for s in array_shapes(program) if VOCABULARY in s)
-    assert largest == ROWS * 4 * VOCABULARY
+    assert largest == chunks * ROWS * 4 * VOCABULARY
+    assert str(program).count("dot_general") == products
 
 
 def test_extreme_logits_give_certain_tokens_and_no_nan() -> None:

@@ -92,7 +92,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
         )
         schedule = optax.join_schedules([rise, schedule], [config.warmup_steps])
     transform = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.stateless(partial(_clipped, config.clip_norm)),
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=_matrices),
         optax.scale_by_learning_rate(schedule),
@@ -161,6 +161,14 @@ def _abstract_opt_state(params: Params, optimizer: Optimizer) -> Any:
 
 def _struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _clipped(clip_norm: float, gradient: Params, _: Params | None) -> Params:
+    """optax.clip_by_global_norm by a product, which compilers take into the moments' updates; its
+    division they compute apart, in a pass over all gradients.
+    """
+    scale = jnp.minimum(1.0, clip_norm / optax.tree.norm(gradient))
+    return optax.tree.scale(scale, gradient)
 
 
 def _matrices(params: Params) -> Any:

@@ -87,11 +87,13 @@ def _dense(x: Array, experts: Array, weights: Array, params: Experts) -> Array:
 def _block_rows(assignments: int, num_experts: int) -> tuple[int, ...]:
     """Rows of blocks, the largest first: powers of two near a mean load, its half and its eighth.
 
-    Large ones make products efficient, small ones leave little of an expert's last one empty.
+    Large ones make products efficient, small ones leave little of an expert's last one empty. Below
+    32 rows that is worth less than a pass over the sums of an expert's three gradients, which each
+    block takes.
     """
-    mean = max(assignments / num_experts, 1)
-    small = 2 ** min(max(round(math.log2(mean / 8)), 3), 6)
-    return 8 * small, 4 * small, small
+    mean = assignments / num_experts
+    large = 2 ** min(max(round(math.log2(mean)), 4), 9)
+    return large, large // 2, max(large // 8, min(large // 2, 32))
 
 
 @jax.custom_vjp

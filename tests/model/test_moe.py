@@ -295,10 +295,17 @@ def test_auto_picks_by_platform_and_batch(
 
 
 @pytest.mark.parametrize(
-    ("assignments", "rows"), [(1, 8), (8 * 64, 8), (8 * 256, 32), (8 * 3072, 64), (10**7, 64)]
+    ("assignments", "rows"),
+    [
+        (1, (16, 8, 8)),
+        (8 * 40, (32, 16, 16)),
+        (8 * 128, (128, 64, 32)),
+        (8 * 500, (512, 256, 64)),
+        (10**7, (512, 256, 64)),
+    ],
 )
-def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, rows: int) -> None:
-    assert grouped._block_rows(assignments, EXPERTS) == (8 * rows, 4 * rows, rows)
+def test_blocks_follow_the_mean_load_of_an_expert(assignments: int, rows: tuple) -> None:
+    assert grouped._block_rows(assignments, EXPERTS) == rows
 
 
 def test_more_assignments_than_a_sort_key_can_hold_are_refused() -> None:

@@ -5,11 +5,11 @@ numerics (precision.py). It is written apart from the learner's on purpose: cach
 incremental, with every factor of a linear layer quantised. What it is not: a scheduler; which
 request sits in which row is local.py's business.
 
-The weights are read as the learner has them (precision.pack_weights). Layers are written out one by
-one: a compiler for CPUs copies what a loop cuts out of a stack of matrices before it multiplies. A
-few rows of every expert are one product, what is left goes expert by expert in blocks of rows; in
-small models every expert meets every token. Attention reads the cache in blocks of positions, up to
-the last one that any row needs.
+Layers are written out one by one, and their weights are cut apart before (by_layer): a compiler for
+CPUs copies what a program cuts out of a stack of matrices before it multiplies. A few rows of every
+expert are one product, what is left goes expert by expert in blocks of rows; in small models every
+expert meets every token. Attention reads the cache in blocks of positions, up to the last one that
+any row needs.
 
 Shapes: B rows computed together, C tokens of each; R rows of the KV cache; D width, H query heads,
 KV key and value heads, P head size, E experts, K experts per token, F width of an expert, L MoE
@@ -88,7 +88,7 @@ class Decoded:
 
 def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
     """A KV cache of zeros for `rows` rows of at least `length` positions."""
-    size = min(length, max(BLOCK, -(-length // BLOCKS)))
+    size = min(length, max(BLOCK, 16 * -(-length // (16 * BLOCKS))))
     lead = rows, model.num_kv_heads
     return [
         [
@@ -97,6 +97,29 @@ def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
         ]
         for _ in range(model.num_layers)
     ]
+
+
+def by_layer(weights: Weights) -> Weights:
+    """Every layer a segment of its own, in new arrays: products read their matrices in place.
+
+    Prefill and decode take either; of a stack they copy what they multiply, in every step.
+    """
+    return {**weights, "segments": _cut(weights["segments"])}
+
+
+@jax.jit
+def _cut(segments: Weights) -> Weights:
+    return {
+        f"{name}.{index}": jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], blocks)
+        for name, blocks in segments.items()
+        for index in range(blocks["mlp_norm"].shape[0])
+    }
+
+
+@jax.jit
+def take_rows(cache: Cache, rows: Array) -> Cache:
+    """The cache of some rows, i32[B]; the others are lost."""
+    return jax.tree.map(lambda stored: stored[rows], cache)
 
 
 @partial(jax.jit, static_argnames="numerics", donate_argnames="cache")
@@ -129,7 +152,6 @@ def decode(
     finite. Rows at rest are computed along and change nothing that is ever read.
     """
     model = numerics.model
-    weights = _by_layer(weights)
     size = slots.token.shape[0]
     began = jnp.count_nonzero(slots.active)
     made = (
@@ -193,11 +215,11 @@ def extend(
       the cache, hidden f32[B, C, D] after the final norm, and routes i16[B, C, L, K].
     """
     model, precision = numerics.model, numerics.precision
-    # Else a compiler for CPUs takes the cosines into every rotation, once for each head.
-    rotary = jax.lax.optimization_barrier(
-        rotary_table(positions, model.head_dim, model.rope_theta)
-    )
-    place = _Place(rows, positions, rotary)
+    length = sum(keys.shape[-1] for keys, _ in cache[0])
+    # A constant: a compiler for CPUs would compute the cosines again in every layer for every head.
+    with jax.ensure_compile_time_eval():
+        table = rotary_table(jnp.arange(length), model.head_dim, model.rope_theta)
+    place = _Place(rows, positions, (table[0][positions], table[1][positions]))
 
     hidden, routes, cache = weights["embed"][tokens], [], list(cache)
     layers = [
@@ -219,16 +241,6 @@ def extend(
             hidden = round_wide(hidden + change, precision)
             routes += [] if chosen is None else [chosen]
     return cache, _norm(hidden, weights["final_norm"], numerics), jnp.stack(routes, axis=2)
-
-
-def _by_layer(weights: Weights) -> Weights:
-    """Every layer a segment of its own: cut once, the matrices of one are whole arrays."""
-    segments = {
-        f"{name}.{index}": jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], blocks)
-        for name, blocks in weights["segments"].items()
-        for index in range(blocks["mlp_norm"].shape[0])
-    }
-    return {**weights, "segments": segments}
 
 
 def _at(tree: Weights, index: int) -> Weights:

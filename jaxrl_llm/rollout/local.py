@@ -2,6 +2,7 @@
 
 What it is: continuous batching on the host around the jitted functions of decode.py. The KV cache
 has a fixed number of slots; a request takes a free one, and leaves it the moment it is finished.
+Once nobody waits, the slots are halved as soon as the requests left fit.
 What it is not: an engine for large models, which SGLang serves over HTTP behind the same protocol.
 """
 
@@ -18,13 +19,25 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.rollout.decode import Cache, Decoded, Slots, decode, empty_cache, prefill
+from jaxrl_llm.rollout.decode import (
+    Cache,
+    Decoded,
+    Slots,
+    by_layer,
+    decode,
+    empty_cache,
+    prefill,
+    take_rows,
+)
 from jaxrl_llm.rollout.engine import EngineFailure, EngineReport, Params, Request, refusal
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
 from jaxrl_llm.rollout.routes import with_routes
 from jaxrl_llm.rollout.sampling import Leaf, Samplers, seed_words
 from jaxrl_llm.sharding import whole_here
 from jaxrl_llm.types import NO_ROUTE, NOT_SAMPLED, Rollout
+
+LEAST_SLOTS = 32
+"""Slots are not halved to fewer: a step of these takes hardly longer, and each number compiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +167,17 @@ class _SlotTable:
             entered.append(row)
         return entered
 
+    def halve(self) -> np.ndarray | None:
+        """Leave half of the slots, if all requests fit; returns those that are kept, in order."""
+        count = self.slots.active.size // 2
+        if len(self._rows) > count or count < LEAST_SLOTS:
+            return None
+        kept = np.array([*sorted(self._rows), *self._free], np.int32)[:count]
+        self._rows = {slot: self._rows[old] for slot, old in enumerate(kept) if old in self._rows}
+        self._free = list(range(len(self._rows), count))
+        self.slots = jax.tree.map(lambda leaf: leaf[kept], self.slots)
+        return kept
+
     def absorb(self, decoded: Decoded, version: int) -> list[_Row]:
         """Add what a decode call sampled; returns the rows that finished and frees their slots."""
         finished = []
@@ -236,13 +260,17 @@ class LocalEngine:
         table = _SlotTable(config.slots, stop_count)
         width = _prefill_width([request.prompt.tokens.size - 1 for request in queue], config)
         cache = empty_cache(model, rows=config.slots, length=config.max_length)
+        published = None
         while queue or table.occupied:
-            published = self._weights()
+            if published is not (newest := self._weights()):
+                published, weights = newest, by_layer(newest.weights)
             entered = table.admit(queue, model)
-            cache, prompt_routes = self._prefill(published, cache, entered, width)
+            cache, prompt_routes = self._prefill(weights, cache, entered, width)
             enough = min(config.prefill_rows, len(queue)) if queue else config.slots
+            if not queue and (kept := table.halve()) is not None:
+                cache = take_rows(cache, kept)
             cache, decoded = decode(
-                published.weights,
+                weights,
                 cache,
                 table.slots,
                 np.int32(enough),
@@ -279,7 +307,7 @@ class LocalEngine:
         return self._published
 
     def _prefill(
-        self, published: _Published, cache: Cache, entered: list[_Row], width: int
+        self, weights: Weights, cache: Cache, entered: list[_Row], width: int
     ) -> tuple[Cache, list[tuple[int, list[_Row], jax.Array]]]:
         """Put the consumed tokens of new rows into the cache, `width` of each at once.
 
@@ -299,7 +327,7 @@ class LocalEngine:
                     part = row.consumed[start : start + width]
                     line[: part.size] = part
                 cache, chosen = prefill(
-                    published.weights,
+                    weights,
                     cache,
                     tokens,
                     np.int32(start),

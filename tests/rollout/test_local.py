@@ -200,6 +200,29 @@ def test_decoding_pauses_only_when_enough_rows_can_be_refilled(
     assert all(count >= CONFIG.prefill_rows for count in entered[1:-1])
 
 
+def test_slots_are_halved_once_the_requests_left_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    decode = local.decode
+
+    def recorded(*args: Any, **settings: Any) -> Any:
+        active = args[2].active
+        sizes.append((active.size, int(np.count_nonzero(active))))
+        return decode(*args, **settings)
+
+    monkeypatch.setattr(local, "decode", recorded)
+    monkeypatch.setattr(local, "LEAST_SLOTS", 2)
+    config = dataclasses.replace(CONFIG, slots=8, decode_steps=2)
+    for name, rollout in by_prompt(engine(config).generate(mixed_requests())).items():
+        np.testing.assert_array_equal(rollout.tokens, mixed_rollouts()[name].tokens)
+        np.testing.assert_array_equal(rollout.routes, mixed_rollouts()[name].routes)
+    assert [size for size, _ in sizes] == sorted((size for size, _ in sizes), reverse=True)
+    assert {size for size, _ in sizes} == {8, 4, 2}
+    # Never before they fit, nor long after.
+    last = max(index for index, (size, _) in enumerate(sizes) if size == 8)
+    assert all(active <= size for size, active in sizes)
+    assert all(active > 4 for _, active in sizes[:last])
+
+
 def test_requests_that_cannot_be_served_fail_and_the_others_do_not() -> None:
     good = request(1, SamplingParams(4))
     long = request(2, SamplingParams(30))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.model.assignments import Order, from_rows, sort_by_expert, to_rows, weights_of_rows
 from jaxrl_llm.model.kernels import grouped_product, ragged_product
+from jaxrl_llm.model.layers import transposed
 from jaxrl_llm.sharding import Layout, alike
 
 Array = jax.Array
@@ -162,7 +163,8 @@ def _backward(
                 part.astype(x.dtype) for part in (to_gate, to_up, inner * scale)
             )
             to_rows = _put(to_rows, to_gate @ gate.T + to_up @ up.T, first)
-            new = _wide(token.T, to_gate), _wide(token.T, to_up), _wide(inner.T, pull)
+            columns = transposed(token)
+            new = _wide(columns, to_gate), _wide(columns, to_up), _wide(transposed(inner), pull)
             return to_rows, to_scales, *map(jnp.add, to_matrices, new)
 
         to_rows, to_scales, to_params = totals

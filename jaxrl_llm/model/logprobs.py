@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm.model.layers import join_chunks, split_chunks
+from jaxrl_llm.model.layers import join_chunks, split_chunks, transposed
 from jaxrl_llm.sharding import ONE_DEVICE, TOKEN_AXES, Layout, alike
 
 Array = jax.Array
@@ -170,7 +170,7 @@ def _to_factors(x: Array, head: Array, gradient: Array) -> tuple[Array, Array]:
     """The gradients of _logits() at temperature 1, of the dtypes of x and head."""
     if x.dtype != jnp.bfloat16:
         product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        return product(gradient, head.T).astype(x.dtype), product(x.T, gradient)
+        return product(gradient, head.T).astype(x.dtype), product(transposed(x), gradient)
     rounded = gradient.astype(x.dtype)
     to_head = jnp.matmul(x.T, rounded, preferred_element_type=jnp.float32)
     return jnp.matmul(rounded, head.astype(x.dtype).T), to_head

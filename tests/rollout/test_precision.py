@@ -77,3 +77,11 @@ def test_round_wide_is_bfloat16_even_where_the_compiler_may_fuse() -> None:
     wide = reference.bfloat16(x * np.float32(1.7))
     np.testing.assert_array_equal(doubled, wide * np.float32(3.0))
     np.testing.assert_array_equal(round_wide(jnp.asarray(x), "float32"), x)
+
+
+def test_round_wide_equals_reduce_precision_on_all_kinds_of_numbers() -> None:
+    halves = np.arange(2**16, dtype=np.uint32) << 16  # every bfloat16, and what lies around a tie
+    bits = np.concatenate([halves + offset for offset in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    x = bits.astype(np.uint32).view(np.float32)
+    expected = jax.lax.reduce_precision(jnp.asarray(x), exponent_bits=8, mantissa_bits=7)
+    np.testing.assert_array_equal(round_wide(jnp.asarray(x), "bfloat16"), expected)

@@ -233,9 +233,9 @@ class LocalEngine:
     def publish(self, params: Params, version: int) -> None:
         """Make `params` the engine's weights, quantised; see Engine.publish.
 
-        In float32 nothing is copied: the engine reads these very arrays where the learner has them
-        whole on the first device, until the next publish. Once an update has taken them
-        (donation), generate() raises.
+        In float32 nothing is copied: the engine keeps these very arrays where the learner has them
+        whole on the first device, until the next publish, and a call of generate() cuts them by
+        layer for as long as it lasts. Once an update has taken them (donation), generate() raises.
         """
         if version < 0:
             raise ValueError(f"version is {version}; weight versions count from 0")

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.model import layers
 from tests.model.tiny import assert_close
@@ -40,6 +41,14 @@ def test_the_gradient_of_rms_norm_is_that_of_its_definition() -> None:
 
     found, wanted = (jax.jit(jax.grad(f, argnums=(0, 1)))(x, scale) for f in (ours, plain))
     assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 150])
+def test_the_gradients_of_a_linear_layer_are_the_products_that_they_should_be(rows: int) -> None:
+    x, matrix, probe = normal(rows, 2, 8), normal(8, 5, seed=1), normal(rows, 2, 5, seed=2)
+    found = jax.jit(jax.grad(lambda *factors: jnp.sum(probe * layers.linear(*factors)), (0, 1)))
+    wanted = probe @ matrix.T, np.einsum("bsi,bso->io", x, probe)
+    assert_close(found(x, matrix), wanted, 1e-5)
 
 
 def test_rotation_equals_the_reference_and_is_one() -> None:

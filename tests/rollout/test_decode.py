@@ -233,7 +233,8 @@ def test_what_an_earlier_occupant_of_a_row_left_does_not_matter() -> None:
 def test_a_value_that_overflows_is_not_lost() -> None:
     setup = numerics("float32")
     weights = pack_weights(params(), numerics=setup)
-    weights["segments"]["01"]["attention"]["v"] *= 1e38
+    attention = weights["segments"]["01"]["attention"]
+    attention["v"] = attention["v"].at[..., 0].set(jnp.inf)  # one number of a value, and no key
     cache = empty_cache(MODEL, rows=2, length=20)
     run = jax.jit(functools.partial(extend, numerics=setup))
     _, hidden, _ = run(weights, cache, TOKENS[:2, :4], POSITIONS[:2, :4], None)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, taken from hidden states without holding [B, S, V].
+"""Log-probabilities of given tokens, taken from hidden states; [B, S, V] is held only if told so.
 
 The gradient is written out: it takes two passes over the logits of a chunk, computed again or kept,
 and their maximum and sum, where differentiation would keep or recompute each step of the softmax.

@@ -8,6 +8,7 @@ Shapes: B rows, S positions of each, C of them at a time, N = B C, D width, V vo
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,16 @@ Array = jax.Array
 
 HEAD = ("embed", "vocab")
 """The names of the head's dimensions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What of token_logprobs' arguments is no array."""
+
+    temperature: float
+    chunk: int  # no more than there are positions
+    keep: bool
+    layout: Layout
 
 
 def token_logprobs(
@@ -56,8 +67,9 @@ def token_logprobs(
         head = layout.whole(unembed, HEAD)  # f32[D, this device's part of V]
         local = targets - layout.share("vocab") * head.shape[1]
         operands = layout.vary((hidden, head), (*TOKEN_AXES, *layout.axes("vocab")))
-        parts = min(chunk, hidden.shape[1]), keep or chunk >= hidden.shape[1]
-        return _logprobs(temperature, *parts, layout, *operands, local)
+        length = hidden.shape[1]
+        how = _How(temperature, min(chunk, length), keep or chunk >= length, layout)
+        return _logprobs(how, *operands, local)
 
     tokens = layout.tokens
     return layout.shard(share, (tokens, layout.spec(HEAD), tokens), tokens)(
@@ -65,34 +77,20 @@ def token_logprobs(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _logprobs(
-    temperature: float,
-    chunk: int,
-    keep: bool,
-    layout: Layout,
-    hidden: Array,
-    head: Array,
-    targets: Array,
-) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(how: _How, hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
     """targets: ids from the first one of this device's part of the vocabulary."""
-    return _forward(temperature, chunk, keep, layout, hidden, head, targets)[0]
+    return _forward(how, hidden, head, targets)[0]
 
 
 def _forward(
-    temperature: float,
-    chunk: int,
-    keep: bool,
-    layout: Layout,
-    hidden: Array,
-    head: Array,
-    targets: Array,
+    how: _How, hidden: Array, head: Array, targets: Array
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     def part(arrays: tuple[Array, Array]) -> tuple[tuple[Array, ...], Array | None]:
         flat, wanted = arrays[0].reshape(-1, hidden.shape[-1]), arrays[1]
-        logits = _logits(flat, head, temperature)
+        logits = _logits(flat, head, how.temperature)
         largest = jnp.max(logits, axis=-1, keepdims=True)
-        if axes := layout.axes("vocab"):
+        if axes := how.layout.axes("vocab"):
             largest = jax.lax.pmax(largest, axes)
         # From here on no large numbers cancel: the entropy of a confident policy stays exact.
         shifted = logits - largest
@@ -102,23 +100,18 @@ def _forward(
             jnp.sum(exponentials * shifted, axis=-1),
             jnp.sum(jnp.where(_chosen(wanted, logits), shifted, 0.0), axis=-1),
         ]
-        total, weighted, target = layout.total(jnp.stack(sums), "vocab")
+        total, weighted, target = how.layout.total(jnp.stack(sums), "vocab")
         log_total = jnp.log(total)
         found = target - log_total, log_total - weighted / total, largest[:, 0], log_total
-        return tuple(x.reshape(wanted.shape) for x in found), logits if keep else None
+        return tuple(x.reshape(wanted.shape) for x in found), logits if how.keep else None
 
-    numbers, logits = jax.lax.map(part, split_chunks((hidden, targets), chunk))
+    numbers, logits = jax.lax.map(part, split_chunks((hidden, targets), how.chunk))
     logprobs, *others = join_chunks(numbers, hidden.shape[1])
     return (logprobs, others[0]), (hidden, head, targets, tuple(others), logits)
 
 
 def _backward(
-    temperature: float,
-    chunk: int,
-    keep: bool,
-    layout: Layout,
-    saved: tuple[Any, ...],
-    gradients: tuple[Array, Array],
+    how: _How, saved: tuple[Any, ...], gradients: tuple[Array, Array]
 ) -> tuple[Array, Array, None]:
     hidden, head, targets, others, kept = saved
 
@@ -128,15 +121,15 @@ def _backward(
         columns = (x.reshape(-1, 1) for x in numbers)
         to_logprob, to_entropy, entropy, largest, log_total = columns
         if logits is None:
-            logits = _logits(flat, head, temperature)
+            logits = _logits(flat, head, how.temperature)
         log_shares = (logits - largest) - log_total  # large numbers first, as above
         pull = to_logprob + to_entropy * (log_shares + entropy)
         to_logits = jnp.where(_chosen(wanted, logits), to_logprob, 0.0) - jnp.exp(log_shares) * pull
-        to_hidden, to_head = _to_factors(flat, head, to_logits / temperature)
+        to_hidden, to_head = _to_factors(flat, head, to_logits / how.temperature)
         return total + to_head, to_hidden.reshape(hidden.shape)
 
     arrays = (hidden, targets, *alike((*gradients, *others), hidden))
-    parts = split_chunks(arrays, chunk), kept
+    parts = split_chunks(arrays, how.chunk), kept
     to_head, parts = jax.lax.scan(add, jnp.zeros_like(head), parts)
     return join_chunks(parts, hidden.shape[1]), to_head, None
 

@@ -33,7 +33,7 @@ from jaxrl_llm.model.assignments import (
     weights_of_rows,
 )
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.layers import rms_norm, rotary_table, rotate
+from jaxrl_llm.model.layers import alone, rms_norm, rotary_table, rotate
 from jaxrl_llm.model.moe import route
 from jaxrl_llm.model.transformer import unembed
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, quantize, round_wide
@@ -251,15 +251,6 @@ def _norm(x: Array, scale: Array, numerics: Numerics) -> Array:
     return round_wide(rms_norm(x, scale, numerics.model.norm_eps), numerics.precision)
 
 
-def _head_norm(x: Array, scale: Array, numerics: Numerics) -> Array:
-    """_norm() along the last dimension of x[B, C, H, P]: a CPU takes sums of few numbers faster as
-    a product with ones."""
-    ones = jnp.ones((x.shape[-1], 8))
-    square = _product(jnp.square(x), ones)[..., :1] / x.shape[-1]
-    unit = x * jax.lax.rsqrt(square + numerics.model.norm_eps)
-    return round_wide(unit * scale, numerics.precision)
-
-
 def _project(
     x: Array, rotary: tuple[Array, Array], block: Weights, numerics: Numerics
 ) -> tuple[Array, Array, Array]:
@@ -272,8 +263,8 @@ def _project(
         )
         for name in "qkv"
     )
-    query = round_wide(rotate(_head_norm(query, block["q_norm"], numerics), rotary), precision)
-    key = round_wide(rotate(_head_norm(key, block["k_norm"], numerics), rotary), precision)
+    query = round_wide(rotate(_norm(query, block["q_norm"], numerics), rotary), precision)
+    key = round_wide(rotate(_norm(key, block["k_norm"], numerics), rotary), precision)
     return query, key, value
 
 
@@ -342,7 +333,8 @@ def _mlp(
 ) -> tuple[Array, Array | None]:
     """The dense or sparse MLP of x[B, C, D], and routes i16[B, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
-    flat = _once(quantize(x, precision, axis=-1).reshape(-1, x.shape[-1]), present)
+    # Else a CPU's compiler takes into the gather of an expert's tokens all that leads to them.
+    flat = alone(quantize(x, precision, axis=-1).reshape(-1, x.shape[-1]))
     if "router" not in stacked:
         block = _at(stacked, layer)
         inner = _inner(flat @ block["gate"], flat @ block["up"], precision)
@@ -354,14 +346,6 @@ def _mlp(
     compute = _all_experts if flat.size * moe.num_experts * moe.expert_width <= FEW else _blocked
     output = compute(flat, chosen[0], chosen[1], stacked, layer, precision)
     return round_wide(output, precision).reshape(x.shape), router.experts.astype(jnp.int16)
-
-
-def _once(x: Array, present: Array) -> Array:
-    """x, computed once: a compiler for CPUs may take into a gather all that leads to its operand.
-
-    The branch is what it cannot see through.
-    """
-    return jax.lax.cond(jnp.any(present), lambda x: x, jnp.zeros_like, x)
 
 
 def _inner(gate: Array, up: Array, precision: Precision) -> Array:

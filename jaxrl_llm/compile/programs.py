@@ -90,8 +90,8 @@ def _train(config: RunConfig, layout: Layout, shape: tuple[int, int]) -> StepPro
 def _publish(config: RunConfig, layout: Layout, shape: tuple[int, int]) -> StepProgram:
     """A publish as several processes do it, where each sees a part of every parameter.
 
-    For servers, the one piece of all that is largest: pieces are gathered one after another. For
-    the in-process engine, all parameters at once.
+    For servers, the one piece of all that is largest: pieces are gathered one after another, each
+    while the one before is written. For the in-process engine, all parameters at once.
     """
     params = abstract_params(config.model, layout)
     everywhere = replicated(layout)

@@ -12,6 +12,7 @@ bfloat16 narrows to the same bits. What it is not: a tokenizer, or models other 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +22,7 @@ import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ from jaxrl_llm.sharding import Layout, parameter_shardings, whole_here
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 READABLE = ("F32", "BF16", "F16")
+MOST_BEHIND = 2**26
+"""Bytes of chunks that are written and not digested yet, at most; one more chunk is at work."""
 
 Ranges = tuple[tuple[int, int], ...]  # from and to, of every dimension
 
@@ -302,14 +305,23 @@ def tensors(
       dtype: float32 parameters are rounded to it on the devices, to the nearest.
       fetch: how to get a piece. Those of a job of several processes must all fetch the same.
 
-    One layer of one parameter is fetched at a time.
+    One layer of one parameter is fetched at a time, while the one before is consumed.
     """
-    for (leaf, layer), group in itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1])):
-        part, *others = group
-        fetched = fetch(params, Piece(leaf, layer, part.transposed, dtype))
-        values = np.ascontiguousarray(jax.device_get(fetched))
-        for tensor in (part, *others):
-            yield tensor.name, values[tensor.index[1:]]
+
+    def fetched() -> Iterator[tuple[list[_Tensor], jax.Array]]:
+        by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
+        for (leaf, layer), group in by_piece:
+            parts = list(group)
+            yield parts, fetch(params, Piece(leaf, layer, parts[0].transposed, dtype))
+
+    stream = fetched()
+    following = next(stream, None)
+    while following is not None:
+        # The devices compute the next piece meanwhile: a fetch does not wait for its result.
+        (parts, array), following = following, next(stream, None)
+        values = np.ascontiguousarray(jax.device_get(array))
+        for part in parts:
+            yield part.name, values[part.index[1:]]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed"))
@@ -415,13 +427,18 @@ def _contents(
 
 
 def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
-    """A chunk is digested, on a thread, while it is written and the next one is fetched."""
-    digest, size = hashlib.sha256(), 0
+    """Chunks are digested on a thread, while they are written and the next ones are fetched."""
+    digest, size, digested = hashlib.sha256(), 0, 0
+    behind: collections.deque[tuple[Future[None], int]] = collections.deque()
     with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
-        digested = thread.submit(lambda: None)
         for chunk in chunks:
-            digested.result()  # no more than one waits: chunks are as large as a tensor
-            digested = thread.submit(digest.update, chunk)
+            behind.append((thread.submit(digest.update, chunk), len(chunk)))
             file.write(chunk)
             size += len(chunk)
+            while size - digested > MOST_BEHIND:
+                done, count = behind.popleft()
+                done.result()
+                digested += count
+        for done, _ in behind:
+            done.result()
     return WrittenFile(path.name, size, digest.hexdigest())

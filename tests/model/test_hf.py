@@ -221,7 +221,7 @@ def test_an_import_reads_every_number_once(
     assert sum(sizes) == parameter_count(TINY)
 
 
-def test_an_export_fetches_a_layer_of_a_parameter_at_a_time() -> None:
+def test_an_export_fetches_a_layer_of_a_parameter_and_the_next_ahead() -> None:
     fetched: list[tuple[int, ...]] = []
 
     def recording(params: Params, piece: hf.Piece) -> jax.Array:
@@ -232,19 +232,27 @@ def test_an_export_fetches_a_layer_of_a_parameter_at_a_time() -> None:
     stream = hf.tensors(make_params(TINY), TINY, "float32", recording)
     assert fetched == []
     next(stream)
-    assert fetched == [(16, 16)]
+    assert fetched == [(16, 16), (16,)]
     for _ in stream:
         pass
+    assert len(fetched) == len(hf.pieces(TINY, "float32"))
     assert (8, 16, 8) in fetched  # all experts of one layer, [E, D, F]
     assert max(len(shape) for shape in fetched) == 3
 
 
-def test_a_file_is_written_without_collecting_its_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [0, 1024])
+def test_a_file_is_written_without_collecting_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int
+) -> None:
+    """Alive are what the digest may be behind, and the tensor at work, 1,024 bytes at most."""
+    monkeypatch.setattr(hf, "MOST_BEHIND", behind)
     alive: list[weakref.ref[np.ndarray]] = []
 
     def fresh() -> Iterator[tuple[str, np.ndarray]]:
         for name, value in hf.tensors(make_params(TINY), TINY, "float32"):
-            assert sum(reference() is not None for reference in alive) <= 1
+            there = [reference() for reference in alive]
+            assert sum(value.nbytes for value in there if value is not None) <= behind + 1024
+            del there
             copy = np.array(value)
             alive.append(weakref.ref(copy))
             yield name, copy

@@ -54,7 +54,8 @@ def get_config() -> RunConfig:
             groups=32,
             samples=8,
             max_new_tokens=20,
-            engine=LocalEngineConfig(precision="fp8_e4m3", slots=64, max_length=28),
+            # A step of so small a model takes less time than a pause to refill slots.
+            engine=LocalEngineConfig(precision="fp8_e4m3", slots=64, max_length=28, refill=16),
         ),
         learner=LearnerConfig(
             mini_batches=2,

@@ -25,7 +25,7 @@ from jaxrl_llm.learner.update import accumulate_gradients, join_rows, split_rows
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, unembed
-from jaxrl_llm.rollout.decode import empty_cache, extend
+from jaxrl_llm.rollout.decode import by_layer, empty_cache, extend
 from jaxrl_llm.rollout.precision import Numerics, pack_weights
 from jaxrl_llm.sharding import MeshConfig, make_layout
 
@@ -117,7 +117,7 @@ def make_sampler_score(numerics: Numerics, *, temperature: float = 1.0, rows: in
         count, length = batch.inputs.shape
         positions = jnp.broadcast_to(jnp.arange(length), (count, length))
         cache = empty_cache(numerics.model, rows=count, length=length)
-        _, hidden, routes = extend(weights, cache, batch.inputs, positions, None, numerics=numerics)
+        _, hidden, routes = extend(weights, cache, batch.inputs, positions, numerics=numerics)
         head = unembed(weights, numerics.model)
         logprobs, entropy = token_logprobs(
             hidden, head, batch.targets, temperature=temperature, chunk=256
@@ -125,7 +125,7 @@ def make_sampler_score(numerics: Numerics, *, temperature: float = 1.0, rows: in
         return Scores(logprobs, entropy, _kept(routes, batch))
 
     def score(params: Params, batch: TrainBatch) -> Scores:
-        weights = pack_weights(params, numerics=numerics)
+        weights = by_layer(pack_weights(params, numerics=numerics))
         return _map_rows(partial(part, weights), batch, rows)
 
     return _on_host(score)

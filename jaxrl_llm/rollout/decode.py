@@ -47,18 +47,16 @@ products as they lie."""
 Cache = list[Stored]
 """Of each layer."""
 
-BLOCKS = 4
+BLOCKS = 8
 """Blocks of the cache, at most: each is written out in the program of every layer."""
 
 BLOCK = 64
-"""Positions of a block of the cache, at least."""
+"""Positions of a block of the cache, or a multiple of it: other numbers of columns multiply slowly
+on CPUs."""
 
 FEW = 2**24
 """Up to so many products of a token's value with an expert's column all experts meet all tokens: a
 loop over the experts' blocks takes longer for its many small steps. Reckoned for CPUs."""
-
-MATRICES = ("gate", "up", "down")
-"""Of an expert, by their names."""
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +86,7 @@ class Decoded:
 
 def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
     """A KV cache of zeros for `rows` rows of at least `length` positions."""
-    size = min(length, max(BLOCK, 16 * -(-length // (16 * BLOCKS))))
+    size = min(length, BLOCK * -(-length // (BLOCK * BLOCKS)))
     lead = rows, model.num_kv_heads
     return [
         [
@@ -99,21 +97,20 @@ def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
     ]
 
 
-def by_layer(weights: Weights) -> Weights:
-    """Every layer a segment of its own, in new arrays: products read their matrices in place.
-
-    Prefill and decode take either; of a stack they copy what they multiply, in every step.
-    """
-    return {**weights, "segments": _cut(weights["segments"])}
-
-
 @jax.jit
-def _cut(segments: Weights) -> Weights:
-    return {
-        f"{name}.{index}": jax.tree.map(lambda leaf, at=index: leaf[at : at + 1], blocks)
-        for name, blocks in segments.items()
-        for index in range(blocks["mlp_norm"].shape[0])
-    }
+def by_layer(weights: Weights) -> Weights:
+    """The weights as this module reads them: "layers", a list, takes the place of "segments".
+
+    Layers are new arrays: of a stack a program copies what it multiplies, in every step.
+    """
+    segments = weights["segments"].values()
+    rest = {name: leaf for name, leaf in weights.items() if name != "segments"}
+    layers = [
+        jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
+        for stacked in segments
+        for index in range(stacked["mlp_norm"].shape[0])
+    ]
+    return {**rest, "layers": layers}
 
 
 @jax.jit
@@ -122,22 +119,37 @@ def take_rows(cache: Cache, rows: Array) -> Cache:
     return jax.tree.map(lambda stored: stored[rows], cache)
 
 
+@partial(jax.jit, donate_argnames="cache")
+def enter(cache: Cache, prompts: Cache, slots: Array) -> Cache:
+    """Copy the rows of a cache of prompts, which has the first blocks alone, to slots i32[B].
+
+    A slot that does not exist drops its row.
+    """
+
+    def copy(stored: Array, new: Array) -> Array:
+        return stored.at[slots].set(new, mode="drop")
+
+    return [
+        [*jax.tree.map(copy, stored[: len(new)], new), *stored[len(new) :]]
+        for stored, new in zip(cache, prompts, strict=True)
+    ]
+
+
 @partial(jax.jit, static_argnames="numerics", donate_argnames="cache")
 def prefill(
-    weights: Weights, cache: Cache, tokens: Array, start: Array, rows: Array, *, numerics: Numerics
+    weights: Weights, cache: Cache, tokens: Array, start: Array, *, numerics: Numerics
 ) -> tuple[Cache, Array]:
     """Consume tokens of prompts without sampling.
 
     Args:
-      tokens: i32[B, C]; -1 in columns beyond a prompt's end.
+      tokens: i32[R, C]; -1 in columns beyond a prompt's end.
       start: i32[], position of the first column.
-      rows: i32[B] of the cache; a row that does not exist drops its writes.
 
     Returns:
-      the cache and routes i16[B, C, L, K].
+      the cache and routes i16[R, C, L, K].
     """
     positions = jnp.where(tokens < 0, -1, start + jnp.arange(tokens.shape[1]))
-    cache, _, routes = extend(weights, cache, tokens, positions, rows, numerics=numerics)
+    cache, _, routes = extend(weights, cache, tokens, positions, numerics=numerics)
     return cache, routes
 
 
@@ -168,9 +180,7 @@ def decode(
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, cache, active, token, position, made = carry
         place = jnp.where(active, position, -1)[:, None]
-        cache, hidden, routes = extend(
-            weights, cache, token[:, None], place, None, numerics=numerics
-        )
+        cache, hidden, routes = extend(weights, cache, token[:, None], place, numerics=numerics)
         logits = _product(hidden[:, 0], unembed(weights, model))
         sampled, logprobs = sample(logits, position, slots.samplers)
         new = (sampled, logprobs, routes[:, 0])
@@ -186,65 +196,42 @@ def decode(
     return cache, Decoded(position - slots.position, active, *made)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where tokens [B, C] sit; the same for all layers."""
-
-    rows: Array | None  # i32[B] of the cache; None: row b is b
-    positions: Array  # i32[B, C], -1 where there is no token
-    rotary: tuple[Array, Array]  # f32[B, C, P / 2] each
-
-
 def extend(
-    weights: Weights,
-    cache: Cache,
-    tokens: Array,
-    positions: Array,
-    rows: Array | None,
-    *,
-    numerics: Numerics,
+    weights: Weights, cache: Cache, tokens: Array, positions: Array, *, numerics: Numerics
 ) -> tuple[Cache, Array, Array]:
-    """The model on tokens i32[B, C], which enter the cache and attend to it; not jitted.
+    """The model on tokens i32[R, C], which enter the cache and attend to it; not jitted.
 
     Args:
-      positions: i32[B, C]; those before them are in the cache already. -1 where there is no token:
+      weights: of by_layer().
+      positions: i32[R, C]; those before them are in the cache already. -1 where there is no token:
         nothing is written for it, and what comes out for it means nothing.
-      rows: i32[B] of the cache, a row that does not exist drops its writes; None: row b is b.
 
     Returns:
-      the cache, hidden f32[B, C, D] after the final norm, and routes i16[B, C, L, K].
+      the cache, hidden f32[R, C, D] after the final norm, and routes i16[R, C, L, K].
     """
     model, precision = numerics.model, numerics.precision
     length = sum(keys.shape[-1] for keys, _ in cache[0])
     # A constant: a compiler for CPUs would compute the cosines again in every layer for every head.
     with jax.ensure_compile_time_eval():
         table = rotary_table(jnp.arange(length), model.head_dim, model.rope_theta)
-    place = _Place(rows, positions, (table[0][positions], table[1][positions]))
+    rotary = table[0][positions], table[1][positions]
 
     hidden, routes, cache = weights["embed"][tokens], [], list(cache)
-    layers = [
-        (blocks, index)
-        for blocks in weights["segments"].values()
-        for index in range(blocks["mlp_norm"].shape[0])
-    ]
     # Accelerators round float32 factors unless told not to; the grids are finer than that.
     with jax.default_matmul_precision("highest"):
-        for depth, (blocks, index) in enumerate(layers):
-            block = _at(blocks["attention"], index)
-            normed = _norm(hidden, blocks["attention_norm"][index], numerics)
-            query, key, value = _project(normed, place.rotary, block, numerics)
-            cache[depth] = _store(cache[depth], key, value, place)
-            change = _linear(_attend(query, cache[depth], place), block["o"], precision)
+        for depth, layer in enumerate(weights["layers"]):
+            block = layer["attention"]
+            normed = _norm(hidden, layer["attention_norm"], numerics)
+            query, key, value = _project(normed, rotary, block, numerics)
+            cache[depth] = _store(cache[depth], key, value, positions)
+            attended = _attend(query, cache[depth], positions)
+            change = _linear(attended, block["o"], precision)
             hidden = round_wide(hidden + change, precision)
-            normed = _norm(hidden, blocks["mlp_norm"][index], numerics)
-            change, chosen = _mlp(normed, positions >= 0, blocks["mlp"], index, numerics)
+            normed = _norm(hidden, layer["mlp_norm"], numerics)
+            change, chosen = _mlp(normed, positions >= 0, layer["mlp"], numerics)
             hidden = round_wide(hidden + change, precision)
             routes += [] if chosen is None else [chosen]
     return cache, _norm(hidden, weights["final_norm"], numerics), jnp.stack(routes, axis=2)
-
-
-def _at(tree: Weights, index: int) -> Weights:
-    return {name: leaf[index] for name, leaf in tree.items()}
 
 
 def _norm(x: Array, scale: Array, numerics: Numerics) -> Array:
@@ -268,18 +255,17 @@ def _project(
     return query, key, value
 
 
-def _store(stored: Stored, key: Array, value: Array, place: _Place) -> Stored:
-    """Put keys and values [B, C, KV, P] at their place in one layer of the cache."""
+def _store(stored: Stored, key: Array, value: Array, positions: Array) -> Stored:
+    """Put keys and values [R, C, KV, P] at their positions in one layer of the cache."""
     # A share of 0 does not erase a NaN, which a later occupant of the row would find ahead. Keys
     # may have one: they spoil those alone who look at them.
     sound = jnp.all(jnp.isfinite(value), axis=-1, keepdims=True)
     key, value = jnp.where(sound, key, jnp.nan), jnp.where(sound, value, 0.0)
     rows, _, _, size = stored[0][0].shape
-    row = (jnp.arange(rows) if place.rows is None else place.rows)[:, None]
-    offset = place.positions % size
+    row, offset = jnp.arange(rows)[:, None], positions % size
 
     def put(index: int, keys: Array, values: Array) -> tuple[Array, Array]:
-        here = (place.positions >= 0) & (place.positions // size == index)
+        here = (positions >= 0) & (positions // size == index)
         line = jnp.where(here, row, rows)  # one that does not exist
         return (
             keys.at[line, :, :, offset].set(key, mode="drop"),
@@ -289,8 +275,8 @@ def _store(stored: Stored, key: Array, value: Array, place: _Place) -> Stored:
     return [put(index, *block) for index, block in enumerate(stored)]
 
 
-def _attend(query: Array, stored: Stored, place: _Place) -> Array:
-    """Grouped-query attention of query[B, C, H, P] over one layer of the cache: [B, C, H P].
+def _attend(query: Array, stored: Stored, positions: Array) -> Array:
+    """Grouped-query attention of query[R, C, H, P] over one layer of the cache: [R, C, H P].
 
     Block after block of positions up to the last one that any row needs. A block that a row does
     not need changes not a bit of its result.
@@ -305,10 +291,8 @@ def _attend(query: Array, stored: Stored, place: _Place) -> Array:
         index: int, keys: Array, values: Array, carry: tuple[Array, Array, Array]
     ) -> tuple[Array, Array, Array]:
         top, total, attended = carry
-        if place.rows is not None:
-            keys, values = keys[place.rows], values[place.rows]
         ahead = index * block_size + jnp.arange(block_size)
-        visible = (ahead <= place.positions[..., None])[:, None, None]
+        visible = (ahead <= positions[..., None])[:, None, None]
         scores = jnp.einsum("bkqp,bkps->bkqs", queries, keys)
         scores = scores.reshape(batch, kv_heads, -1, columns, block_size)
         scores = jnp.where(visible, scores, -1e30).reshape(batch, kv_heads, -1, block_size)
@@ -319,7 +303,7 @@ def _attend(query: Array, stored: Stored, place: _Place) -> Array:
 
     start = jnp.full(queries.shape[:-1], -1e30), jnp.zeros(queries.shape[:-1])
     carry = block(0, *stored[0], (*start, jnp.zeros_like(queries)))
-    last = jnp.max(place.positions)
+    last = jnp.max(positions)
     for index, (keys, values) in enumerate(stored[1:], start=1):
         compute = partial(block, index, keys, values)
         carry = jax.lax.cond(index * block_size <= last, compute, lambda same: same, carry)
@@ -329,22 +313,21 @@ def _attend(query: Array, stored: Stored, place: _Place) -> Array:
 
 
 def _mlp(
-    x: Array, present: Array, stacked: Weights, layer: int, numerics: Numerics
+    x: Array, present: Array, block: Weights, numerics: Numerics
 ) -> tuple[Array, Array | None]:
-    """The dense or sparse MLP of x[B, C, D], and routes i16[B, C, K], None of a dense one."""
+    """The dense or sparse MLP of x[R, C, D], and routes i16[R, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
     # Else a CPU's compiler takes into the gather of an expert's tokens all that leads to them.
     flat = alone(quantize(x, precision, axis=-1).reshape(-1, x.shape[-1]))
-    if "router" not in stacked:
-        block = _at(stacked, layer)
+    if "router" not in block:
         inner = _inner(flat @ block["gate"], flat @ block["up"], precision)
         return round_wide(inner @ block["down"], precision).reshape(x.shape), None
-    logits = _product(quantize(x, numerics.router_grid, axis=-1), stacked["router"][layer])
+    logits = _product(quantize(x, numerics.router_grid, axis=-1), block["router"])
     router = route(logits, moe.experts_per_token, None, normalize=moe.normalize_weights)
     experts = jnp.where(present[..., None], router.experts, moe.num_experts)
     chosen = [a.reshape(-1, moe.experts_per_token) for a in (experts, router.weights)]
     compute = _all_experts if flat.size * moe.num_experts * moe.expert_width <= FEW else _blocked
-    output = compute(flat, chosen[0], chosen[1], stacked, layer, precision)
+    output = compute(flat, chosen[0], chosen[1], block, precision)
     return round_wide(output, precision).reshape(x.shape), router.experts.astype(jnp.int16)
 
 
@@ -355,19 +338,18 @@ def _inner(gate: Array, up: Array, precision: Precision) -> Array:
 
 
 def _all_experts(
-    x: Array, experts: Array, weights: Array, stacked: Weights, layer: int, precision: Precision
+    x: Array, experts: Array, weights: Array, block: Weights, precision: Precision
 ) -> Array:
     """Like _blocked, with every expert on every token: a token's weights are 0 for the rest."""
-    count = stacked["router"].shape[-1]
-    chosen = experts[..., None] == jnp.arange(count)
+    chosen = experts[..., None] == jnp.arange(block["router"].shape[-1])
     scales = jnp.sum(jnp.where(chosen, weights[..., None], 0.0), axis=-2)
-    gate, up = (jnp.einsum("nd,edf->nef", x, stacked[name][layer]) for name in ("gate", "up"))
+    gate, up = (jnp.einsum("nd,edf->nef", x, block[name]) for name in ("gate", "up"))
     inner = _inner(gate, up, precision) * scales[..., None]
-    return inner.reshape(x.shape[0], -1) @ stacked["down"][layer].reshape(-1, x.shape[1])
+    return inner.reshape(x.shape[0], -1) @ block["down"].reshape(-1, x.shape[1])
 
 
 def _blocked(
-    x: Array, experts: Array, weights: Array, stacked: Weights, layer: int, precision: Precision
+    x: Array, experts: Array, weights: Array, block: Weights, precision: Precision
 ) -> Array:
     """The sum over each token's experts: of [N, D], experts i32[N, K] and weights f32[N, K].
 
@@ -375,7 +357,8 @@ def _blocked(
     others come block by block, of which the last of an expert reaches into the rows of the next,
     which overwrites what is left there.
     """
-    num_experts, width = stacked["router"].shape[-1], x.shape[-1]
+    num_experts, width = block["router"].shape[-1], x.shape[-1]
+    matrices = [block[name] for name in ("gate", "up", "down")]
     few, size = _block_rows(experts.size, num_experts)
     order = sort_by_expert(experts, num_experts, spare=size)
     moves, start = _few_first(order, experts, few), num_experts * few
@@ -388,22 +371,22 @@ def _blocked(
     blocks = -(-jnp.maximum(order.sizes - few, 0) // size)
     ends = jnp.cumsum(blocks)
 
-    def block(index: Array, output: Array) -> Array:
+    def more(index: Array, output: Array) -> Array:
         owner = jnp.sum(index >= ends)
         rest = start + order.ends[owner] - order.sizes[owner] + few
         first = rest + (index - ends[owner] + blocks[owner]) * size
         mine = (jax.lax.dynamic_slice_in_dim(part, first, size) for part in (tokens, scales))
-        new = compute(*mine, *(stacked[name][layer, owner] for name in MATRICES))
+        new = compute(*mine, *(matrix[owner] for matrix in matrices))
         return jax.lax.dynamic_update_slice_in_dim(output, new, first, axis=0)
 
     def others(output: Array) -> Array:
         output = jnp.pad(output, ((0, tokens.size - start), (0, 0)))
-        return from_rows(jax.lax.fori_loop(0, ends[-1], block, output), moves)
+        return from_rows(jax.lax.fori_loop(0, ends[-1], more, output), moves)
 
     if few == 0:
         return others(jnp.zeros((0, width)))
     first = (part[:start].reshape(num_experts, few, *part.shape[1:]) for part in (tokens, scales))
-    output = compute(*first, *(stacked[name][layer] for name in MATRICES)).reshape(start, width)
+    output = compute(*first, *matrices).reshape(start, width)
     return jax.lax.cond(ends[-1] > 0, others, lambda output: from_rows(output, moves), output)
 
 

@@ -1,8 +1,9 @@
 """The in-process engine: samples with the learner's weights in an inference engine's numerics.
 
 What it is: continuous batching on the host around the jitted functions of decode.py. The KV cache
-has a fixed number of slots; a request takes a free one, and leaves it the moment it is finished.
-Once nobody waits, the slots are halved as soon as the requests left fit.
+has a fixed number of slots. Prompts are computed in groups, ahead, in a small cache of their own;
+each takes a free slot when there is one, and leaves it the moment its response is finished. Once
+nobody waits, the slots are halved as soon as the requests left fit.
 What it is not: an engine for large models, which SGLang serves over HTTP behind the same protocol.
 """
 
@@ -26,6 +27,7 @@ from jaxrl_llm.rollout.decode import (
     by_layer,
     decode,
     empty_cache,
+    enter,
     prefill,
     take_rows,
 )
@@ -48,26 +50,25 @@ class LocalEngineConfig:
     router_precision: Literal["same", "float32"] = "float32"  # of the routers' product
     slots: int = 64  # responses that are decoded together
     max_length: int = 512  # longest prompt plus response, in tokens
-    prefill_rows: int = 16  # prompts that enter together; decoding pauses when so many can
+    prefill_rows: int = 16  # prompts computed together
     prefill_chunk: int = 64  # tokens of a prompt computed at once, at most; more take more calls
+    refill: int = 2  # slots that are free before decoding pauses to let prompts in
     decode_steps: int = 32  # most tokens per slot between two visits of the host
 
     def __post_init__(self) -> None:
-        for field in ("slots", "max_length", "prefill_rows", "prefill_chunk", "decode_steps"):
-            value = dataclasses.asdict(self)[field]
-            if value < 1:
+        for field, value in dataclasses.asdict(self).items():
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{field} is {value}; it must be at least 1")
 
 
 class _Row:
-    """A request in a slot, and what has come of it so far; indices follow the alignment rule."""
+    """A request, and what has come of it so far; indices follow the alignment rule."""
 
-    def __init__(self, request: Request, slot: int, model: ModelConfig) -> None:
+    def __init__(self, request: Request, model: ModelConfig) -> None:
         prompt = request.prompt.tokens
         total = prompt.size + request.sampling.max_new_tokens
         route_shape = (total - 1, model.num_moe_layers, model.moe.experts_per_token)
         self.request = request
-        self.slot = slot
         self._model = model
         self.length = prompt.size  # tokens so far
         self.finite = True
@@ -147,12 +148,17 @@ class _SlotTable:
         """Whether any slot holds a request."""
         return bool(self._rows)
 
-    def admit(self, queue: collections.deque[Request], model: ModelConfig) -> list[_Row]:
-        """Move requests from the queue's front into free slots; returns their rows."""
-        entered = []
-        while queue and self._free:
-            request, slot = queue.popleft(), self._free.pop(0)
-            row = self._rows[slot] = _Row(request, slot, model)
+    @property
+    def free(self) -> int:
+        """Slots without a request."""
+        return len(self._free)
+
+    def admit(self, rows: Sequence[_Row]) -> list[int]:
+        """Put rows, no more than slots are free, into slots; returns these."""
+        taken, self._free = self._free[: len(rows)], self._free[len(rows) :]
+        for slot, row in zip(taken, rows, strict=True):
+            self._rows[slot] = row
+            request = row.request
             slots, sampling, prompt = self.slots, request.sampling, request.prompt.tokens
             slots.active[slot] = True
             slots.token[slot] = prompt[-1]
@@ -164,8 +170,7 @@ class _SlotTable:
             slots.samplers.temperature[slot] = sampling.temperature
             slots.samplers.top_p[slot] = sampling.top_p
             slots.samplers.top_k[slot] = sampling.top_k
-            entered.append(row)
-        return entered
+        return taken
 
     def halve(self) -> np.ndarray | None:
         """Leave half of the slots, if all requests fit; returns those that are kept, in order."""
@@ -196,6 +201,64 @@ class _SlotTable:
                 finished.append(self._rows.pop(slot))
                 self._free.append(slot)
         return finished
+
+
+class _Prompts:
+    """The requests that wait for a slot; the prompts of the first ones are computed already."""
+
+    def __init__(
+        self, queue: collections.deque[Request], config: LocalEngineConfig, numerics: Numerics
+    ) -> None:
+        self._queue = queue
+        self._size = config.prefill_rows
+        self._numerics = numerics
+        consumed = [request.prompt.tokens.size - 1 for request in queue]
+        self._width = _prefill_width(consumed, config)
+        slots = empty_cache(numerics.model, rows=self._size, length=config.max_length)
+        # Blocks like those of the slots, as many as the longest prompt needs.
+        blocks = -(-max([1, *consumed]) // slots[0][0][0].shape[-1])
+        self._cache = [stored[:blocks] for stored in slots]
+        self._computed: list[_Row] = []  # in the last rows of the cache
+        self._routes: list[tuple[int, list[_Row], jax.Array]] = []
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._queue) + len(self._computed)
+
+    def compute(self, weights: Weights) -> bool:
+        """Compute prompts of the queue's front if none is ready; whether one is."""
+        if self._computed or not self._queue:
+            return bool(self._computed)
+        count, model = min(self._size, len(self._queue)), self._numerics.model
+        batch = [_Row(self._queue.popleft(), model) for _ in range(count)]
+        for start in range(0, max(row.consumed.size for row in batch), self._width):
+            tokens = np.full((self._size, self._width), -1, np.int32)
+            for line, row in zip(tokens[self._size - count :], batch, strict=True):
+                part = row.consumed[start : start + self._width]
+                line[: part.size] = part
+            self._cache, routes = prefill(
+                weights, self._cache, tokens, np.int32(start), numerics=self._numerics
+            )
+            self._routes.append((start, batch, routes[self._size - count :]))
+        self._computed = batch
+        return True
+
+    def enter(self, cache: Cache, table: _SlotTable) -> Cache:
+        """The cache of the slots with computed prompts in those that were free."""
+        rows, self._computed = self._computed[: table.free], self._computed[table.free :]
+        first = self._size - len(self._computed) - len(rows)
+        # A slot that does not exist stands for a row that does not enter.
+        slots = np.full(self._size, table.slots.active.size, np.int32)
+        slots[first : first + len(rows)] = table.admit(rows)
+        return enter(cache, self._cache, slots)
+
+    def take_routes(self) -> None:
+        """Store the routes of computed prompts; the host need not wait for them to decode."""
+        for start, batch, routes in self._routes:
+            for row, chosen in zip(batch, np.asarray(routes), strict=True):
+                row.take_prompt(start, chosen)
+        self._routes = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,16 +321,16 @@ class LocalEngine:
         # At least four, so that calls with few stop ids and with none share one compilation.
         stop_count = max([4, *(len(request.sampling.stop_token_ids) for request in queue)])
         table = _SlotTable(config.slots, stop_count)
-        width = _prefill_width([request.prompt.tokens.size - 1 for request in queue], config)
+        prompts = _Prompts(queue, config, self._numerics)
         cache = empty_cache(model, rows=config.slots, length=config.max_length)
         published = None
-        while queue or table.occupied:
+        while prompts.waiting or table.occupied:
             if published is not (newest := self._weights()):
                 published, weights = newest, by_layer(newest.weights)
-            entered = table.admit(queue, model)
-            cache, prompt_routes = self._prefill(weights, cache, entered, width)
-            enough = min(config.prefill_rows, len(queue)) if queue else config.slots
-            if not queue and (kept := table.halve()) is not None:
+            while prompts.compute(weights) and table.free:
+                cache = prompts.enter(cache, table)
+            enough = min(config.refill, prompts.waiting) or config.slots
+            if not prompts.waiting and (kept := table.halve()) is not None:
                 cache = take_rows(cache, kept)
             cache, decoded = decode(
                 weights,
@@ -277,9 +340,7 @@ class LocalEngine:
                 numerics=self._numerics,
                 steps=config.decode_steps,
             )
-            for start, batch, routes in prompt_routes:
-                for row, chosen in zip(batch, np.asarray(routes), strict=False):
-                    row.take_prompt(start, chosen)
+            prompts.take_routes()
             for row in table.absorb(jax.device_get(decoded), published.version):
                 yield row.result(self._decode_text)
 
@@ -305,37 +366,6 @@ class LocalEngine:
                 "published without a copy; publish() those that came of it before generate()"
             )
         return self._published
-
-    def _prefill(
-        self, weights: Weights, cache: Cache, entered: list[_Row], width: int
-    ) -> tuple[Cache, list[tuple[int, list[_Row], jax.Array]]]:
-        """Put the consumed tokens of new rows into the cache, `width` of each at once.
-
-        Returns the cache and (first position, rows, routes [rows, C, L, K]) of each call, which the
-        host need not wait for before it has started to decode.
-        """
-        size = self._config.prefill_rows
-        routes = []
-        for first in range(0, len(entered), size):
-            batch = entered[first : first + size]
-            # A slot that does not exist stands for a row that is not there.
-            rows = np.full(size, self._config.slots, np.int32)
-            rows[: len(batch)] = [row.slot for row in batch]
-            for start in range(0, max(row.consumed.size for row in batch), width):
-                tokens = np.full((size, width), -1, np.int32)
-                for line, row in zip(tokens, batch, strict=False):
-                    part = row.consumed[start : start + width]
-                    line[: part.size] = part
-                cache, chosen = prefill(
-                    weights,
-                    cache,
-                    tokens,
-                    np.int32(start),
-                    rows,
-                    numerics=self._numerics,
-                )
-                routes.append((start, batch, chosen))
-        return cache, routes
 
 
 def _prefill_width(consumed: Sequence[int], config: LocalEngineConfig) -> int:

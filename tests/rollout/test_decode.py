@@ -12,7 +12,7 @@ import pytest
 from jaxrl_llm.model.config import ComputeConfig, ModelConfig
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.rollout import decode
-from jaxrl_llm.rollout.decode import empty_cache, extend, prefill
+from jaxrl_llm.rollout.decode import by_layer, empty_cache, enter, extend, prefill
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, pack_weights
 from tests.reference import precision as reference
 from tests.rollout.engines import MODEL, params
@@ -24,6 +24,10 @@ POSITIONS = np.broadcast_to(np.arange(16), TOKENS.shape)
 
 def numerics(precision: Precision, model: ModelConfig = MODEL) -> Numerics:
     return Numerics(model, precision, router_precision="same")
+
+
+def engine_weights(setup: Numerics) -> Weights:
+    return by_layer(pack_weights(params(model=setup.model), numerics=setup))
 
 
 @functools.cache
@@ -41,12 +45,12 @@ def through_cache(setup: Numerics) -> tuple[np.ndarray, np.ndarray]:
     """The same of the engine, through its cache in one call."""
 
     @jax.jit
-    def run(packed: Weights) -> tuple[jax.Array, jax.Array]:
+    def run(weights: Weights) -> tuple[jax.Array, jax.Array]:
         cache = empty_cache(setup.model, rows=len(TOKENS), length=TOKENS.shape[1])
-        _, hidden, routes = extend(packed, cache, TOKENS, POSITIONS, None, numerics=setup)
-        return jax.nn.log_softmax(hidden @ unembed(packed, setup.model)), routes
+        _, hidden, routes = extend(weights, cache, TOKENS, POSITIONS, numerics=setup)
+        return jax.nn.log_softmax(hidden @ unembed(weights, setup.model)), routes
 
-    logprobs, routes = run(pack_weights(params(model=setup.model), numerics=setup))
+    logprobs, routes = run(engine_weights(setup))
     return np.asarray(logprobs), np.asarray(routes)
 
 
@@ -70,31 +74,43 @@ def test_float32_equals_the_learner(model: ModelConfig) -> None:
     np.testing.assert_array_equal(routes, experts)
 
 
-def test_a_prompt_in_pieces_and_other_rows_leaves_the_same_cache() -> None:
-    setup = numerics("float32")
-    weights = pack_weights(params(), numerics=setup)
-    rows = np.array([5, 2, 0], np.int32)
-    whole, whole_routes = prefill(
-        weights,
-        empty_cache(MODEL, rows=7, length=20),
-        TOKENS[:3],
-        np.int32(0),
-        rows,
-        numerics=setup,
+def test_layers_are_in_order_however_many_there_are() -> None:
+    """Also where their names, as texts, would sort otherwise: 10 before 2."""
+    model = dataclasses.replace(
+        MODEL, num_layers=12, moe=dataclasses.replace(MODEL.moe, dense_layers=())
     )
-    cache = empty_cache(MODEL, rows=7, length=20)
-    routes = []
+    expected, experts = learner(model)
+    logprobs, routes = through_cache(numerics("float32", model))
+    np.testing.assert_allclose(logprobs, expected, atol=1e-3)
+    np.testing.assert_array_equal(routes, experts)
+
+
+def test_a_prompt_in_pieces_leaves_the_same_cache_and_enters_any_slot() -> None:
+    setup = numerics("float32")
+    weights, empty = engine_weights(setup), functools.partial(empty_cache, MODEL, length=20)
+    whole, whole_routes = prefill(weights, empty(rows=3), TOKENS[:3], np.int32(0), numerics=setup)
+    cache, routes = empty(rows=3), []
     for start in range(0, 16, 4):
-        piece = np.concatenate([TOKENS[:3], np.zeros_like(TOKENS[:1])])[:, start : start + 4]
-        # The last row does not exist: it must leave no trace.
-        cache, chosen = prefill(
-            weights, cache, piece, np.int32(start), np.append(rows, 7), numerics=setup
-        )
-        routes.append(np.asarray(chosen)[:3])
+        piece = TOKENS[:3, start : start + 4]
+        cache, chosen = prefill(weights, cache, piece, np.int32(start), numerics=setup)
+        routes.append(chosen)
     np.testing.assert_array_equal(np.concatenate(routes, axis=1), whole_routes)
-    for piecewise, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_allclose(piecewise, expected, atol=1e-5)
-        assert not np.any(np.asarray(piecewise)[[1, 3, 4, 6]])
+    # The last slot does not exist: its row must leave no trace.
+    slots = enter(empty(rows=7), cache, np.array([5, 2, 7], np.int32))
+    for there, expected in zip(jax.tree.leaves(slots), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(np.asarray(there)[[5, 2]], expected[:2], atol=1e-5)
+        assert not np.any(np.asarray(there)[[0, 1, 3, 4, 6]])
+
+
+def test_prompts_enter_the_first_blocks_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "BLOCK", 3)
+    slots = jax.tree.map(lambda leaf: leaf + 1, empty_cache(MODEL, rows=3, length=64))
+    prompts = [blocks[:2] for blocks in empty_cache(MODEL, rows=2, length=64)]
+    for blocks in enter(slots, prompts, np.array([2, 0], np.int32)):
+        for index, stored in enumerate(blocks):
+            expected = [0, 1, 0] if index < 2 else [1, 1, 1]
+            for leaf in stored:
+                np.testing.assert_array_equal(np.mean(leaf, axis=(1, 2, 3)), expected)
 
 
 def test_divergence_from_float32_grows_with_coarser_precision() -> None:
@@ -150,10 +166,9 @@ def test_both_factors_of_every_product_are_on_the_grid(router: Literal["same", "
     weights = params(model=model)
     tokens = TOKENS[:1, :6]
     setup = Numerics(model, "fp8_e4m3", router)
-    packed = pack_weights(weights, numerics=setup)
     cache = empty_cache(model, rows=1, length=6)
     run = jax.jit(functools.partial(extend, numerics=setup))
-    _, hidden, routes = run(packed, cache, tokens, POSITIONS[:1, :6], None)
+    _, hidden, routes = run(engine_weights(setup), cache, tokens, POSITIONS[:1, :6])
     expected, experts = _reference_layer(weights, tokens[0], setup)
     np.testing.assert_array_equal(routes[0, :, 0], experts)
     # Equal bit for bit where sums are taken in one order; another order may move a value to the
@@ -216,28 +231,28 @@ def _reference_layer(
 
 def test_what_an_earlier_occupant_of_a_row_left_does_not_matter() -> None:
     setup = numerics("float32")
-    weights = pack_weights(params(), numerics=setup)
+    weights = engine_weights(setup)
     damaged = jax.tree.map(lambda leaf: leaf * jnp.nan, weights)
     run = jax.jit(functools.partial(extend, numerics=setup))
     clean = empty_cache(MODEL, rows=2, length=20)
-    spoiled, _, _ = run(damaged, clean, TOKENS[:2], POSITIONS[:2], None)
+    spoiled, _, _ = run(damaged, clean, TOKENS[:2], POSITIONS[:2])
     assert all(np.any(np.isnan(keys)) for ((keys, _),) in spoiled)
-    _, expected, _ = run(weights, clean, TOKENS[:2, :4], POSITIONS[:2, :4], None)
-    cache, hidden, _ = run(weights, spoiled, TOKENS[:2, :4], POSITIONS[:2, :4], None)
+    _, expected, _ = run(weights, clean, TOKENS[:2, :4], POSITIONS[:2, :4])
+    cache, hidden, _ = run(weights, spoiled, TOKENS[:2, :4], POSITIONS[:2, :4])
     np.testing.assert_array_equal(hidden, expected)
     # Nor does it get lost: who attends to it has no sound result.
-    _, hidden, _ = run(weights, cache, TOKENS[:2, 6:7], POSITIONS[:2, 6:7], None)
+    _, hidden, _ = run(weights, cache, TOKENS[:2, 6:7], POSITIONS[:2, 6:7])
     assert np.all(np.isnan(hidden))
 
 
 def test_a_value_that_overflows_is_not_lost() -> None:
     setup = numerics("float32")
-    weights = pack_weights(params(), numerics=setup)
-    attention = weights["segments"]["01"]["attention"]
+    weights = engine_weights(setup)
+    attention = weights["layers"][1]["attention"]
     attention["v"] = attention["v"].at[..., 0].set(jnp.inf)  # one number of a value, and no key
     cache = empty_cache(MODEL, rows=2, length=20)
     run = jax.jit(functools.partial(extend, numerics=setup))
-    _, hidden, _ = run(weights, cache, TOKENS[:2, :4], POSITIONS[:2, :4], None)
+    _, hidden, _ = run(weights, cache, TOKENS[:2, :4], POSITIONS[:2, :4])
     assert np.all(np.isnan(hidden))
 
 
@@ -253,12 +268,12 @@ def test_experts_on_their_tokens_equal_all_experts_on_all_tokens(
 ) -> None:
     """Also where an expert has several blocks and the last of a block's rows are the next one's."""
     setup = numerics(precision)
-    weights = pack_weights(params(), numerics=setup)
+    weights = engine_weights(setup)
 
     def outputs() -> tuple[np.ndarray, np.ndarray]:
         cache = empty_cache(MODEL, rows=len(TOKENS), length=16)
         run = jax.jit(functools.partial(extend, numerics=setup))
-        _, hidden, routes = run(weights, cache, TOKENS, POSITIONS, None)
+        _, hidden, routes = run(weights, cache, TOKENS, POSITIONS)
         return np.asarray(hidden), np.asarray(routes)
 
     hidden, routes = outputs()
@@ -280,12 +295,12 @@ def test_a_token_with_its_experts_is_the_same_bit_for_bit_in_any_company(
     monkeypatch.setattr(decode, "FEW", 0)
     monkeypatch.setattr(decode, "_block_rows", lambda *_: block_rows)
     setup = numerics("fp8_e4m3")
-    weights = pack_weights(params(), numerics=setup)
+    weights = engine_weights(setup)
     run = jax.jit(functools.partial(extend, numerics=setup))
     cache = empty_cache(MODEL, rows=len(TOKENS), length=16)
-    _, together, _ = run(weights, cache, TOKENS, POSITIONS, None)
+    _, together, _ = run(weights, cache, TOKENS, POSITIONS)
     alone = np.where(np.arange(len(TOKENS))[:, None] == 5, POSITIONS, -1)
-    written, hidden, _ = run(weights, cache, TOKENS, alone, None)
+    written, hidden, _ = run(weights, cache, TOKENS, alone)
     np.testing.assert_array_equal(hidden[5], together[5])
     for stored in jax.tree.leaves(written):  # tokens that are not there leave no trace
         assert not np.any(np.delete(np.asarray(stored), 5, axis=0))

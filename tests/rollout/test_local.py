@@ -15,7 +15,7 @@ from jaxrl_llm.model.logprobs import token_logprobs
 from jaxrl_llm.model.transformer import Params, make_forward, unembed
 from jaxrl_llm.rollout import local
 from jaxrl_llm.rollout.decode import Decoded
-from jaxrl_llm.rollout.engine import EngineFailure
+from jaxrl_llm.rollout.engine import EngineFailure, Request
 from jaxrl_llm.rollout.local import LocalEngine, LocalEngineConfig
 from jaxrl_llm.types import NOT_SAMPLED, Rollout, RouteError, SamplingParams, check_digest
 from tests.rollout.engines import (
@@ -169,7 +169,7 @@ def test_finished_rows_are_refilled_and_none_waits_for_the_longest(
     monkeypatch.setattr(local, "decode", recorded)
     lengths = [24] + [4] * 18
     requests = [request(seed, SamplingParams(n)) for seed, n in enumerate(lengths)]
-    outcomes = list(engine(dataclasses.replace(CONFIG, prefill_rows=1)).generate(requests))
+    outcomes = list(engine(dataclasses.replace(CONFIG, refill=1)).generate(requests))
     steps = sum(int(np.max(call.counts)) for call in calls)
     # Three slots serve 18 short responses, 4 steps each, while the fourth makes its 24. In fixed
     # batches of 4 slots it would take 24 + 4 * 4 steps.
@@ -180,24 +180,63 @@ def test_finished_rows_are_refilled_and_none_waits_for_the_longest(
     assert [o.prompt_id for o in outcomes].index("p0") >= len(outcomes) - 4
 
 
-def test_decoding_pauses_only_when_enough_rows_can_be_refilled(
+def short_requests() -> list[Request]:
+    return [request(seed, SamplingParams(2 + seed % 4)) for seed in range(12)]
+
+
+def record_prompts(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Prompts of each call of prefill; and those that entered slots before each call of decode."""
+    computed: list[int] = []
+    entered = [0]
+    prefill, admit, decode = local.prefill, local._SlotTable.admit, local.decode
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        computed.append(int(np.count_nonzero(args[2][:, 0] >= 0)))
+        return prefill(*args, **settings)
+
+    def admitted(*args: Any) -> list[int]:
+        slots = admit(*args)
+        entered[-1] += len(slots)
+        return slots
+
+    def decoding(*args: Any, **settings: Any) -> Any:
+        entered.append(0)
+        return decode(*args, **settings)
+
+    monkeypatch.setattr(local, "prefill", counted)
+    monkeypatch.setattr(local._SlotTable, "admit", admitted)
+    monkeypatch.setattr(local, "decode", decoding)
+    return computed, entered
+
+
+def test_decoding_pauses_only_when_enough_slots_can_be_refilled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    entered: list[int] = []
-    admit = local._SlotTable.admit
+    computed, entered = record_prompts(monkeypatch)
+    config = dataclasses.replace(CONFIG, decode_steps=32)
+    list(engine(config).generate(short_requests()))
+    assert computed == [2] * 6
+    assert sum(entered) == 12
+    # Two slots must be free, so a response that has ended waits for a second one.
+    first, *later, _ = [count for count in entered if count]
+    assert first == CONFIG.slots
+    assert later
+    assert all(count >= CONFIG.refill for count in later)
 
-    def recorded(*args: object) -> list[local._Row]:
-        rows = admit(*args)
-        entered.append(len(rows))
-        return rows
 
-    monkeypatch.setattr(local._SlotTable, "admit", recorded)
-    requests = [request(seed, SamplingParams(2 + seed % 4)) for seed in range(12)]
-    list(engine().generate(requests))
+def test_prompts_are_computed_together_and_enter_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = by_prompt(engine().generate(short_requests()))
+    computed, entered = record_prompts(monkeypatch)
+    config = dataclasses.replace(CONFIG, prefill_rows=5, prefill_chunk=8, refill=1)
+    for name, rollout in by_prompt(engine(config).generate(short_requests())).items():
+        np.testing.assert_array_equal(rollout.tokens, expected[name].tokens)
+        np.testing.assert_array_equal(rollout.routes, expected[name].routes)
+    assert computed == [5, 5, 2]
     assert entered[0] == CONFIG.slots
-    assert sum(entered) == len(requests)
-    # Two may enter together, so a row waits for a second one to finish.
-    assert all(count >= CONFIG.prefill_rows for count in entered[1:-1])
+    assert sum(entered) == 12
+    assert 1 in entered
 
 
 def test_slots_are_halved_once_the_requests_left_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,3 +460,5 @@ def test_an_engine_without_weights_says_so() -> None:
 def test_a_config_without_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="slots is 0"):
         LocalEngineConfig(slots=0)
+    with pytest.raises(ValueError, match="refill is -1"):
+        LocalEngineConfig(refill=-1)

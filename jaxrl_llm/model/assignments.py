@@ -79,8 +79,7 @@ def to_rows(x: Array, moves: Moves) -> Array:
 def from_rows(rows: Array, moves: Moves) -> Array:
     """rows[R, D] -> [N, D]: every token gets the sum of the rows of its assignments, added up in
     float32; what empty rows hold is nowhere in it."""
-    # Indices that a CPU's compiler cannot take into the sum, where it would compute each of them
-    # again for every number that it fetches.
+    # In memory in this order: a CPU's compiler would read them across, one by one.
     index = jax.lax.optimization_barrier(moves.row.T)
     parts = (rows.at[row].get(mode="fill", fill_value=0).astype(jnp.float32) for row in index)
     return sum(parts, jnp.float32(0)).astype(rows.dtype)

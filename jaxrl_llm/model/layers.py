@@ -39,7 +39,11 @@ _product.defvjp(
 
 
 def alone(x: Array) -> Array:
-    """x, which on a CPU is computed before what uses it: its compiler can fuse nothing with it."""
+    """x, which on a CPU is no part of the products and sums that use it, or that it comes from.
+
+    Its compiler takes into them what leads to a factor, a transpose for example, and computes that
+    again, or slowly, inside. Loops that are neither it still fuses.
+    """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
@@ -47,7 +51,7 @@ def transposed(x: Array) -> Array:
     """x[N, I] as [I, N], the left factor of a matrix's gradient.
 
     CPUs multiply what lies so in memory a fifth faster than what they have to turn, if there are
-    enough rows; and turn what lies in memory ten times as fast as what they first have to compute.
+    enough rows.
     """
     return alone(alone(x).T) if x.shape[0] >= 128 else x.T
 

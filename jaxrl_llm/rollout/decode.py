@@ -33,7 +33,7 @@ from jaxrl_llm.model.assignments import (
     weights_of_rows,
 )
 from jaxrl_llm.model.config import ModelConfig
-from jaxrl_llm.model.layers import alone, rms_norm, rotary_table, rotate
+from jaxrl_llm.model.layers import rms_norm, rotary_table, rotate
 from jaxrl_llm.model.moe import route
 from jaxrl_llm.model.transformer import unembed
 from jaxrl_llm.rollout.precision import Numerics, Precision, Weights, quantize, round_wide
@@ -317,8 +317,7 @@ def _mlp(
 ) -> tuple[Array, Array | None]:
     """The dense or sparse MLP of x[R, C, D], and routes i16[R, C, K], None of a dense one."""
     moe, precision = numerics.model.moe, numerics.precision
-    # Else a CPU's compiler takes into the gather of an expert's tokens all that leads to them.
-    flat = alone(quantize(x, precision, axis=-1).reshape(-1, x.shape[-1]))
+    flat = quantize(x, precision, axis=-1).reshape(-1, x.shape[-1])
     if "router" not in block:
         inner = _inner(flat @ block["gate"], flat @ block["up"], precision)
         return round_wide(inner @ block["down"], precision).reshape(x.shape), None

@@ -11,9 +11,9 @@ expert are one product, what is left goes expert by expert in blocks of rows; in
 expert meets every token. Attention reads the cache in blocks of positions, up to the last one that
 any row needs.
 
-Shapes: B rows computed together, C tokens of each; R rows of the KV cache; D width, H query heads,
-KV key and value heads, P head size, E experts, K experts per token, F width of an expert, L MoE
-layers, n layers of a segment, V vocabulary.
+Shapes: R rows of the KV cache, C tokens of each computed together; D width, H query heads, KV key
+and value heads, P head size, E experts, K experts per token, F width of an expert, L MoE layers, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _norm(x: Array, scale: Array, numerics: Numerics) -> Array:
 def _project(
     x: Array, rotary: tuple[Array, Array], block: Weights, numerics: Numerics
 ) -> tuple[Array, Array, Array]:
-    """Query [B, C, H, P], key and value [B, C, KV, P] of x[B, C, D]; the first two rotated."""
+    """Query [R, C, H, P], key and value [R, C, KV, P] of x[R, C, D]; the first two rotated."""
     precision = numerics.precision
     x = quantize(x, precision, axis=-1)
     query, key, value = (

@@ -240,7 +240,7 @@ class _Prompts:
             self._cache, routes = prefill(
                 weights, self._cache, tokens, np.int32(start), numerics=self._numerics
             )
-            self._routes.append((start, batch, routes[self._size - count :]))
+            self._routes.append((start, batch, routes))
         self._computed = batch
         return True
 
@@ -256,7 +256,7 @@ class _Prompts:
     def take_routes(self) -> None:
         """Store the routes of computed prompts; the host need not wait for them to decode."""
         for start, batch, routes in self._routes:
-            for row, chosen in zip(batch, np.asarray(routes), strict=True):
+            for row, chosen in zip(batch, np.asarray(routes)[-len(batch) :], strict=True):
                 row.take_prompt(start, chosen)
         self._routes = []
 

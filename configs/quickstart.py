@@ -55,7 +55,7 @@ def get_config() -> RunConfig:
             samples=8,
             max_new_tokens=20,
             # A step of so small a model takes less time than a pause to refill slots.
-            engine=LocalEngineConfig(precision="fp8_e4m3", slots=64, max_length=28, refill=16),
+            engine=LocalEngineConfig(precision="fp8_e4m3", slots=64, max_length=28, free_slots=16),
         ),
         learner=LearnerConfig(
             mini_batches=2,

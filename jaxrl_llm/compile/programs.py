@@ -91,7 +91,8 @@ def _publish(config: RunConfig, layout: Layout, shape: tuple[int, int]) -> StepP
     """A publish as several processes do it, where each sees a part of every parameter.
 
     For servers, the one piece of all that is largest: pieces are gathered one after another, each
-    while the one before is written. For the in-process engine, all parameters at once.
+    while the one before, which is not counted, is copied from a device. For the in-process engine,
+    all parameters at once.
     """
     params = abstract_params(config.model, layout)
     everywhere = replicated(layout)

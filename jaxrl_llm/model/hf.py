@@ -42,7 +42,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 READABLE = ("F32", "BF16", "F16")
 MOST_BEHIND = 2**26
-"""Bytes of chunks that are written and not digested yet, at most; one more chunk is at work."""
+"""Bytes of chunks that are written and not digested yet, unless a single one is larger."""
 
 Ranges = tuple[tuple[int, int], ...]  # from and to, of every dimension
 
@@ -298,30 +298,33 @@ def fetch(params: Params, piece: Piece) -> jax.Array:
 def tensors(
     params: Params, config: ModelConfig, dtype: Dtype, fetch: Fetch = fetch
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of a checkpoint's tensors, in file order, fetched when they are asked for.
+    """Names and values of a checkpoint's tensors, in file order, fetched one piece ahead.
 
     Args:
       params: on the devices, sharded in any way.
       dtype: float32 parameters are rounded to it on the devices, to the nearest.
       fetch: how to get a piece. Those of a job of several processes must all fetch the same.
 
-    One layer of one parameter is fetched at a time, while the one before is consumed.
+    A piece is one layer of one parameter; there are two on the devices at once.
     """
 
-    def fetched() -> Iterator[tuple[list[_Tensor], jax.Array]]:
-        by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
-        for (leaf, layer), group in by_piece:
-            parts = list(group)
-            yield parts, fetch(params, Piece(leaf, layer, parts[0].transposed, dtype))
+    by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
+    previous: tuple[list[_Tensor], jax.Array] | None = None
+    for (leaf, layer), group in by_piece:
+        parts = list(group)
+        # The devices compute it, while the one before is consumed: nobody waits for it here.
+        fetched = fetch(params, Piece(leaf, layer, parts[0].transposed, dtype))
+        if previous is not None:
+            yield from _named(*previous)
+        previous = parts, fetched
+    if previous is not None:
+        yield from _named(*previous)
 
-    stream = fetched()
-    following = next(stream, None)
-    while following is not None:
-        # The devices compute the next piece meanwhile: a fetch does not wait for its result.
-        (parts, array), following = following, next(stream, None)
-        values = np.ascontiguousarray(jax.device_get(array))
-        for part in parts:
-            yield part.name, values[part.index[1:]]
+
+def _named(parts: Sequence[_Tensor], fetched: jax.Array) -> Iterator[tuple[str, np.ndarray]]:
+    values = np.ascontiguousarray(jax.device_get(fetched))
+    for part in parts:
+        yield part.name, values[part.index[1:]]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "transposed"))
@@ -427,7 +430,7 @@ def _contents(
 
 
 def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
-    """Chunks are digested on a thread, while they are written and the next ones are fetched."""
+    """Chunks are digested on a thread, which may be MOST_BEHIND bytes behind the writing."""
     digest, size, digested = hashlib.sha256(), 0, 0
     behind: collections.deque[tuple[Future[None], int]] = collections.deque()
     with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
@@ -435,7 +438,7 @@ def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
             behind.append((thread.submit(digest.update, chunk), len(chunk)))
             file.write(chunk)
             size += len(chunk)
-            while size - digested > MOST_BEHIND:
+            while len(behind) > 1 and size - digested > MOST_BEHIND:
                 done, count = behind.popleft()
                 done.result()
                 digested += count

@@ -39,10 +39,10 @@ _product.defvjp(
 
 
 def alone(x: Array) -> Array:
-    """x, which on a CPU is no part of the products and sums that use it, or that it comes from.
+    """x, which a CPU's compiler takes into no product or sum that uses it, nor that it comes from.
 
-    Its compiler takes into them what leads to a factor, a transpose for example, and computes that
-    again, or slowly, inside. Loops that are neither it still fuses.
+    Else it computes what leads to a factor, a transpose for example, again, or slowly, inside. With
+    other loops it still fuses x.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 

@@ -1,4 +1,4 @@
-"""Prefill and KV-cache decode of the in-process engine: two jitted functions of fixed shapes.
+"""Prefill and KV-cache decode of the in-process engine: jitted functions of fixed shapes.
 
 What it is: a second forward pass of the model, over the same parameters, in an inference engine's
 numerics (precision.py). It is written apart from the learner's on purpose: cached and
@@ -13,7 +13,7 @@ any row needs.
 
 Shapes: R rows of the KV cache, C tokens of each computed together; D width, H query heads, KV key
 and value heads, P head size, E experts, K experts per token, F width of an expert, L MoE layers, V
-vocabulary.
+vocabulary, B any number of rows.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ BLOCKS = 8
 """Blocks of the cache, at most: each is written out in the program of every layer."""
 
 BLOCK = 64
-"""Positions of a block of the cache, or a multiple of it: other numbers of columns multiply slowly
-on CPUs."""
+"""Positions of a block of the cache, or a multiple of it, unless one block holds all: products with
+other numbers of columns are slow on CPUs."""
 
 FEW = 2**24
 """Up to so many products of a token's value with an expert's column all experts meet all tokens: a
@@ -84,33 +84,45 @@ class Decoded:
     routes: Leaf  # i16[steps, R, L, K]
 
 
-def empty_cache(model: ModelConfig, *, rows: int, length: int) -> Cache:
-    """A KV cache of zeros for `rows` rows of at least `length` positions."""
+def empty_cache(
+    model: ModelConfig, *, rows: int, length: int, positions: int | None = None
+) -> Cache:
+    """A KV cache of zeros for `rows` rows of `length` positions.
+
+    Args:
+      positions: leave out all blocks but those that so many need, rounded up to a power of two,
+        since each number of blocks compiles.
+    """
     size = min(length, BLOCK * -(-length // (BLOCK * BLOCKS)))
+    blocks = -(-length // size)
+    if positions is not None:
+        blocks = min(blocks, 2 ** (-(-positions // size) - 1).bit_length())
     lead = rows, model.num_kv_heads
     return [
         [
             (jnp.zeros((*lead, model.head_dim, size)), jnp.zeros((*lead, size, model.head_dim)))
-            for _ in range(0, length, size)
+            for _ in range(blocks)
         ]
         for _ in range(model.num_layers)
     ]
 
 
-@jax.jit
 def by_layer(weights: Weights) -> Weights:
     """The weights as this module reads them: "layers", a list, takes the place of "segments".
 
     Layers are new arrays: of a stack a program copies what it multiplies, in every step.
     """
-    segments = weights["segments"].values()
     rest = {name: leaf for name, leaf in weights.items() if name != "segments"}
-    layers = [
+    return {**rest, "layers": _layers(weights["segments"])}
+
+
+@jax.jit
+def _layers(segments: Weights) -> list[Weights]:
+    return [
         jax.tree.map(lambda leaf, at=index: leaf[at], stacked)
-        for stacked in segments
+        for stacked in segments.values()
         for index in range(stacked["mlp_norm"].shape[0])
     ]
-    return {**rest, "layers": layers}
 
 
 @jax.jit
@@ -121,7 +133,7 @@ def take_rows(cache: Cache, rows: Array) -> Cache:
 
 @partial(jax.jit, donate_argnames="cache")
 def enter(cache: Cache, prompts: Cache, slots: Array) -> Cache:
-    """Copy the rows of a cache of prompts, which has the first blocks alone, to slots i32[B].
+    """Copy each row of a cache of prompts, which has the first blocks alone, to its slot, i32[B].
 
     A slot that does not exist drops its row.
     """

@@ -1,9 +1,9 @@
 """The in-process engine: samples with the learner's weights in an inference engine's numerics.
 
 What it is: continuous batching on the host around the jitted functions of decode.py. The KV cache
-has a fixed number of slots. Prompts are computed in groups, ahead, in a small cache of their own;
-each takes a free slot when there is one, and leaves it the moment its response is finished. Once
-nobody waits, the slots are halved as soon as the requests left fit.
+has a fixed number of slots. Prompts are computed in groups, in a small cache of their own; each
+takes a free slot when there is one, and leaves it the moment its response is finished. Once nobody
+waits, the slots are halved as soon as the requests left fit.
 What it is not: an engine for large models, which SGLang serves over HTTP behind the same protocol.
 """
 
@@ -52,7 +52,7 @@ class LocalEngineConfig:
     max_length: int = 512  # longest prompt plus response, in tokens
     prefill_rows: int = 16  # prompts computed together
     prefill_chunk: int = 64  # tokens of a prompt computed at once, at most; more take more calls
-    refill: int = 2  # slots that are free before decoding pauses to let prompts in
+    free_slots: int = 2  # as soon as so many are free, decoding pauses to let prompts in
     decode_steps: int = 32  # most tokens per slot between two visits of the host
 
     def __post_init__(self) -> None:
@@ -214,10 +214,12 @@ class _Prompts:
         self._numerics = numerics
         consumed = [request.prompt.tokens.size - 1 for request in queue]
         self._width = _prefill_width(consumed, config)
-        slots = empty_cache(numerics.model, rows=self._size, length=config.max_length)
-        # Blocks like those of the slots, as many as the longest prompt needs.
-        blocks = -(-max([1, *consumed]) // slots[0][0][0].shape[-1])
-        self._cache = [stored[:blocks] for stored in slots]
+        self._cache = empty_cache(
+            numerics.model,
+            rows=self._size,
+            length=config.max_length,
+            positions=max([1, *consumed]),
+        )
         self._computed: list[_Row] = []  # in the last rows of the cache
         self._routes: list[tuple[int, list[_Row], jax.Array]] = []
 
@@ -225,6 +227,11 @@ class _Prompts:
     def waiting(self) -> int:
         """Requests without a slot."""
         return len(self._queue) + len(self._computed)
+
+    def forget(self) -> None:
+        """Compute again, with other weights, what has no slot yet."""
+        self._queue.extendleft(row.request for row in reversed(self._computed))
+        self._computed = []
 
     def compute(self, weights: Weights) -> bool:
         """Compute prompts of the queue's front if none is ready; whether one is."""
@@ -271,7 +278,8 @@ class LocalEngine:
     """An Engine (see engine.py) in this process and on one device.
 
     A publish while an iterator is open takes effect at its next decode call: later tokens come from
-    the new weights over the older KV cache, and their weight_version says so.
+    the new weights, those of requests in slots over the older KV cache, and their weight_version
+    says so.
     """
 
     def __init__(
@@ -327,9 +335,10 @@ class LocalEngine:
         while prompts.waiting or table.occupied:
             if published is not (newest := self._weights()):
                 published, weights = newest, by_layer(newest.weights)
-            while prompts.compute(weights) and table.free:
+                prompts.forget()
+            while table.free and prompts.compute(weights):
                 cache = prompts.enter(cache, table)
-            enough = min(config.refill, prompts.waiting) or config.slots
+            enough = min(config.free_slots, prompts.waiting) or config.slots
             if not prompts.waiting and (kept := table.halve()) is not None:
                 cache = take_rows(cache, kept)
             cache, decoded = decode(

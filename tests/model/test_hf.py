@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import time
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,10 +225,13 @@ def test_an_import_reads_every_number_once(
 
 def test_an_export_fetches_a_layer_of_a_parameter_and_the_next_ahead() -> None:
     fetched: list[tuple[int, ...]] = []
+    arrays: list[weakref.ref[jax.Array]] = []
 
     def recording(params: Params, piece: hf.Piece) -> jax.Array:
+        assert sum(reference() is not None for reference in arrays) <= 1
         result = hf.fetch(params, piece)
         fetched.append(result.shape)
+        arrays.append(weakref.ref(result))
         return result
 
     stream = hf.tensors(make_params(TINY), TINY, "float32", recording)
@@ -240,12 +245,21 @@ def test_an_export_fetches_a_layer_of_a_parameter_and_the_next_ahead() -> None:
     assert max(len(shape) for shape in fetched) == 3
 
 
+class SlowDigest:
+    def update(self, chunk: bytes) -> None:
+        time.sleep(1e-3)
+
+    def hexdigest(self) -> str:
+        return ""
+
+
 @pytest.mark.parametrize("behind", [0, 1024])
 def test_a_file_is_written_without_collecting_its_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
     """Alive are what the digest may be behind, and the tensor at work, 1,024 bytes at most."""
     monkeypatch.setattr(hf, "MOST_BEHIND", behind)
+    monkeypatch.setattr(hf, "hashlib", types.SimpleNamespace(sha256=SlowDigest))
     alive: list[weakref.ref[np.ndarray]] = []
 
     def fresh() -> Iterator[tuple[str, np.ndarray]]:

@@ -102,10 +102,20 @@ def test_a_prompt_in_pieces_leaves_the_same_cache_and_enters_any_slot() -> None:
         assert not np.any(np.asarray(there)[[0, 1, 3, 4, 6]])
 
 
+@pytest.mark.parametrize(
+    ("positions", "blocks"), [(1, 1), (64, 1), (65, 2), (129, 4), (300, 5), (None, 5)]
+)
+def test_a_cache_of_prompts_has_the_first_blocks_alone(positions: int | None, blocks: int) -> None:
+    whole = empty_cache(MODEL, rows=1, length=300)
+    cache = empty_cache(MODEL, rows=1, length=300, positions=positions)
+    shapes = jax.tree.map(np.shape, [stored[:blocks] for stored in whole])
+    assert jax.tree.map(np.shape, cache) == shapes
+
+
 def test_prompts_enter_the_first_blocks_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "BLOCK", 3)
     slots = jax.tree.map(lambda leaf: leaf + 1, empty_cache(MODEL, rows=3, length=64))
-    prompts = [blocks[:2] for blocks in empty_cache(MODEL, rows=2, length=64)]
+    prompts = empty_cache(MODEL, rows=2, length=64, positions=11)
     for blocks in enter(slots, prompts, np.array([2, 0], np.int32)):
         for index, stored in enumerate(blocks):
             expected = [0, 1, 0] if index < 2 else [1, 1, 1]

@@ -146,7 +146,9 @@ def test_a_request_is_the_same_alone_and_in_any_company() -> None:
             )
 
 
-def test_shapes_of_the_engine_change_no_token() -> None:
+def test_shapes_of_the_engine_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Prompts of several blocks, and chunks that cross them.
+    monkeypatch.setattr("jaxrl_llm.rollout.decode.BLOCK", 4)
     shapes = LocalEngineConfig(
         slots=9, max_length=40, prefill_rows=5, prefill_chunk=3, decode_steps=4
     )
@@ -169,7 +171,7 @@ def test_finished_rows_are_refilled_and_none_waits_for_the_longest(
     monkeypatch.setattr(local, "decode", recorded)
     lengths = [24] + [4] * 18
     requests = [request(seed, SamplingParams(n)) for seed, n in enumerate(lengths)]
-    outcomes = list(engine(dataclasses.replace(CONFIG, refill=1)).generate(requests))
+    outcomes = list(engine(dataclasses.replace(CONFIG, free_slots=1)).generate(requests))
     steps = sum(int(np.max(call.counts)) for call in calls)
     # Three slots serve 18 short responses, 4 steps each, while the fourth makes its 24. In fixed
     # batches of 4 slots it would take 24 + 4 * 4 steps.
@@ -221,7 +223,7 @@ def test_decoding_pauses_only_when_enough_slots_can_be_refilled(
     first, *later, _ = [count for count in entered if count]
     assert first == CONFIG.slots
     assert later
-    assert all(count >= CONFIG.refill for count in later)
+    assert all(count >= CONFIG.free_slots for count in later)
 
 
 def test_prompts_are_computed_together_and_enter_one_by_one(
@@ -229,7 +231,7 @@ def test_prompts_are_computed_together_and_enter_one_by_one(
 ) -> None:
     expected = by_prompt(engine().generate(short_requests()))
     computed, entered = record_prompts(monkeypatch)
-    config = dataclasses.replace(CONFIG, prefill_rows=5, prefill_chunk=8, refill=1)
+    config = dataclasses.replace(CONFIG, prefill_rows=5, prefill_chunk=8, free_slots=1)
     for name, rollout in by_prompt(engine(config).generate(short_requests())).items():
         np.testing.assert_array_equal(rollout.tokens, expected[name].tokens)
         np.testing.assert_array_equal(rollout.routes, expected[name].routes)
@@ -335,6 +337,19 @@ def test_a_publish_under_way_shows_in_the_versions_of_later_tokens() -> None:
         versions = rollout.weight_version[rollout.loss_mask]
         assert np.all(np.diff(versions) >= 0)
         assert set(versions) == {1, 2}
+
+
+def test_requests_that_enter_after_a_publish_know_the_new_weights_alone() -> None:
+    config = dataclasses.replace(CONFIG, prefill_rows=5)  # four enter, one is computed and waits
+    requests = [request(seed, SamplingParams(6)) for seed in range(9)]
+    expected = by_prompt(engine(config, version=2, seed=1).generate(requests))
+    made = engine(config, version=1)
+    outcomes = made.generate(requests)
+    next(outcomes)
+    made.publish(params(seed=1), 2)
+    later = by_prompt(outcomes)
+    for name in ("p4", "p5", "p6", "p7", "p8"):
+        assert_same(later[name], expected[name])
 
 
 def update(weights: Params) -> Params:
@@ -460,5 +475,5 @@ def test_an_engine_without_weights_says_so() -> None:
 def test_a_config_without_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="slots is 0"):
         LocalEngineConfig(slots=0)
-    with pytest.raises(ValueError, match="refill is -1"):
-        LocalEngineConfig(refill=-1)
+    with pytest.raises(ValueError, match="free_slots is -1"):
+        LocalEngineConfig(free_slots=-1)

@@ -54,7 +54,7 @@ def get_config() -> RunConfig:
             groups=32,
             samples=8,
             max_new_tokens=20,
-            # A step of so small a model takes less time than a pause to refill slots.
+            # In so small a model pauses cost more than slots that stay free a little longer.
             engine=LocalEngineConfig(precision="fp8_e4m3", slots=64, max_length=28, free_slots=16),
         ),
         learner=LearnerConfig(

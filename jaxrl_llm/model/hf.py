@@ -307,12 +307,11 @@ def tensors(
 
     A piece is one layer of one parameter; there are two on the devices at once.
     """
-
     by_piece = itertools.groupby(_layout(config), lambda t: (t.leaf, t.index[:1]))
     previous: tuple[list[_Tensor], jax.Array] | None = None
     for (leaf, layer), group in by_piece:
         parts = list(group)
-        # The devices compute it, while the one before is consumed: nobody waits for it here.
+        # The devices compute it while the one before is consumed: nobody waits for it here.
         fetched = fetch(params, Piece(leaf, layer, parts[0].transposed, dtype))
         if previous is not None:
             yield from _named(*previous)

@@ -15,7 +15,7 @@ from jaxrl_llm.bench.roof import COPIES, COPY, PRODUCT, make_roof
 from jaxrl_llm.bench.rows import cost, decode, logprobs, publish, replay, start, update
 from jaxrl_llm.bench.rows import slice as slice_row
 from jaxrl_llm.bench.workload import Trainee, make_setup, make_tokens
-from jaxrl_llm.compile.model_flops import FORWARD, model_flops
+from jaxrl_llm.compile.model_flops import FORWARD, TRAINING, model_flops
 from tests.bench.sizes import MODEL, PEER, tiny
 
 ROOF = ["roof: matrix product, 64^3, float32", "roof: copy in place, 1 MiB"]
@@ -61,17 +61,8 @@ def test_update() -> None:
     # Random weights know nothing, almost: their loss is near that of the fake.
     assert 0 < figures["first loss, ours less peer's"].value < 0.5
     assert figures["learner step, peak memory"].value > 0
-    assert figures["learner step, speed"].value == pytest.approx(
-        2 * 16 / figures["learner step"].value, rel=0.5
-    )
+    assert figures["learner step, speed"].value > 0
     assert any("a fake" in note for note in findings.notes)
-
-
-def test_update_without_a_peer_says_how_to_get_one() -> None:
-    config = tiny(repeats=1)
-    names = {figure.name for figure in update._times(Turns(FAKE), make_roof(config.roof), config)}
-    assert not any("peer" in name for name in names)
-    assert any("--peer" in note for note in update._notes(None))
 
 
 FAKE = {
@@ -81,6 +72,31 @@ FAKE = {
     update.RL: (3.0,),
     update.RAGGED: (40.0,),
 }
+
+
+def test_update_without_a_peer_says_how_to_get_one() -> None:
+    config = tiny()
+    figures = update._times(Turns(FAKE), make_roof(config.roof), config)
+    assert not any("peer" in figure.name for figure in figures)
+    assert any("--peer" in note for note in update._notes(None))
+
+
+def test_the_figures_of_a_step_by_hand() -> None:
+    config = tiny()
+    roof = make_roof(config.roof)
+    flops = model_flops(MODEL, rows=2, length=16, passes=TRAINING)
+    found = update._times(Turns(FAKE | {update.PEER: (4.0,)}), roof, config)
+    assert {figure.name: figure.value for figure in found} == {
+        "learner step": 2.0,
+        "peer's step": 4.0,
+        "RL update": 3.0,
+        "step, ragged dispatch": 40.0,
+        "learner step, speed": 2 * 16 / 2.0,
+        "learner step, MFU": pytest.approx(flops / 2.0 / roof.flops),
+        "learner step / peer's step": 0.5,
+        "RL update / learner step": 1.5,
+        "step, ragged dispatch / learner step": 20.0,
+    }
 
 
 def test_the_share_of_the_roof_is_model_flops_over_the_products() -> None:

@@ -1,7 +1,7 @@
 """Weights for servers: every version in a folder of its own that the servers read too.
 
     FOLDER/RUN/v000012-5f0c31aa90be/    config.json, safetensors files, their index (model/hf.py)
-                      manifest.json     label, and size and sha256 of every other file
+                      manifest.json     label, and size and XXH3 digest of every other file
 
 FOLDER/RUN is weights/ in the run directory, or the directory's name in publish.folder, so that
 runs of several seeds may share that setting. What is old in it is removed, so no two may publish
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from etils import epath
 
 from jaxrl_llm.lock import locked
@@ -35,7 +35,7 @@ from jaxrl_llm.model.config import ModelConfig
 from jaxrl_llm.model.hf_config import Dtype, config_json
 from jaxrl_llm.model.transformer import Params
 
-FORMAT = "jaxrl_llm weights 1"
+FORMAT = "jaxrl_llm weights 2"
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 """Folder of a run directory: its publications, unless publish.folder names another place."""
@@ -234,7 +234,7 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 
 def _manifest(version: int, files: Sequence[hf.WrittenFile]) -> dict[str, Any]:
-    entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
+    entries = {file.name: {"bytes": file.size, "xxh3": file.xxh3} for file in files}
     digest = _digest(entries)
     label = f"v{version}-{digest[:12]}"
     return {
@@ -247,7 +247,7 @@ def _manifest(version: int, files: Sequence[hf.WrittenFile]) -> dict[str, Any]:
 
 
 def _digest(entries: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+    return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 
 def _read_manifest(folder: Any) -> dict[str, Any]:
@@ -272,10 +272,10 @@ def _damage(folder: Any) -> list[str]:
             found.append(f"{name} is missing")
             continue
         with path.open("rb") as file:
-            digest = hashlib.sha256()
+            digest = xxhash.xxh3_128()
             while chunk := file.read(2**24):
                 digest.update(chunk)
-        if digest.hexdigest() != entry["sha256"]:
+        if digest.hexdigest() != entry["xxh3"]:
             found.append(f"{name} is damaged")
     return found
 

@@ -12,23 +12,21 @@ bfloat16 narrows to the same bits. What it is not: a tokenizer, or models other 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 from etils import epath
 from jax.sharding import NamedSharding
 from safetensors import SafetensorError, safe_open
@@ -41,8 +39,6 @@ from jaxrl_llm.sharding import Layout, parameter_shardings, whole_here
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 READABLE = ("F32", "BF16", "F16")
-MOST_BEHIND = 2**26
-"""Bytes of chunks that are written and not digested yet, unless a single one is larger."""
 
 Ranges = tuple[tuple[int, int], ...]  # from and to, of every dimension
 
@@ -53,7 +49,7 @@ class WrittenFile:
 
     name: str
     size: int  # bytes
-    sha256: str  # hexadecimal
+    xxh3: str  # its XXH3 of 128 bits, hexadecimal, as xxhsum -H128 prints it
 
 
 # Which tensor is which parameter
@@ -429,18 +425,10 @@ def _contents(
 
 
 def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
-    """Chunks are digested on a thread, which may be MOST_BEHIND bytes behind the writing."""
-    digest, size, digested = hashlib.sha256(), 0, 0
-    behind: collections.deque[tuple[Future[None], int]] = collections.deque()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("wb") as file:
         for chunk in chunks:
-            behind.append((thread.submit(digest.update, chunk), len(chunk)))
+            digest.update(chunk)
             file.write(chunk)
             size += len(chunk)
-            while len(behind) > 1 and size - digested > MOST_BEHIND:
-                done, count = behind.popleft()
-                done.result()
-                digested += count
-        for done, _ in behind:
-            done.result()
     return WrittenFile(path.name, size, digest.hexdigest())

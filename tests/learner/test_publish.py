@@ -283,7 +283,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: str) -> None:
 def test_a_manifest_that_was_changed_with_its_file_is_noticed(tmp_path: Path) -> None:
     folder = Path(publisher(tmp_path).publish(weights(0), 0).path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["config.json"]["sha256"] = "0" * 64
+    manifest["files"]["config.json"]["xxh3"] = "0" * 32
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PublishError, match=r"manifest.json is missing or damaged"):
         verify(folder)

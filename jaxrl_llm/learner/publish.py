@@ -1,7 +1,7 @@
 """Weights for servers: every version in a folder of its own that the servers read too.
 
     FOLDER/RUN/v000012-5f0c31aa90be/    config.json, safetensors files, their index (model/hf.py)
-                      manifest.json     label, and size and XXH3 digest of every other file
+                      manifest.json     label, and size and XXH128 of every other file
 
 FOLDER/RUN is weights/ in the run directory, or the directory's name in publish.folder, so that
 runs of several seeds may share that setting. What is old in it is removed, so no two may publish
@@ -234,7 +234,7 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 
 def _manifest(version: int, files: Sequence[hf.WrittenFile]) -> dict[str, Any]:
-    entries = {file.name: {"bytes": file.size, "xxh3": file.xxh3} for file in files}
+    entries = {file.name: {"bytes": file.size, "xxh128": file.xxh128} for file in files}
     digest = _digest(entries)
     label = f"v{version}-{digest[:12]}"
     return {
@@ -247,7 +247,7 @@ def _manifest(version: int, files: Sequence[hf.WrittenFile]) -> dict[str, Any]:
 
 
 def _digest(entries: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(entries, sort_keys=True).encode())
+    return xxhash.xxh128_hexdigest(json.dumps(entries, sort_keys=True).encode())
 
 
 def _read_manifest(folder: Any) -> dict[str, Any]:
@@ -256,12 +256,14 @@ def _read_manifest(folder: Any) -> dict[str, Any]:
         value = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) and value.get("format") == FORMAT else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _damage(folder: Any) -> list[str]:
     """What is wrong with a publication; nothing if it is whole."""
     manifest = _read_manifest(folder)
+    if (other := manifest.get("format", FORMAT)) != FORMAT:
+        return [f"{MANIFEST} has the format {other!r}, and this version reads {FORMAT!r}"]
     entries = manifest.get("files", {})
     if not manifest or _digest(entries) != manifest.get("digest"):
         return [f"{MANIFEST} is missing or damaged"]
@@ -272,10 +274,10 @@ def _damage(folder: Any) -> list[str]:
             found.append(f"{name} is missing")
             continue
         with path.open("rb") as file:
-            digest = xxhash.xxh3_128()
+            digest = xxhash.xxh128()
             while chunk := file.read(2**24):
                 digest.update(chunk)
-        if digest.hexdigest() != entry["xxh3"]:
+        if digest.hexdigest() != entry["xxh128"]:
             found.append(f"{name} is damaged")
     return found
 

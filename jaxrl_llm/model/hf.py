@@ -49,7 +49,7 @@ class WrittenFile:
 
     name: str
     size: int  # bytes
-    xxh3: str  # its XXH3 of 128 bits, hexadecimal, as xxhsum -H128 prints it
+    xxh128: str  # its digest, hexadecimal, as xxh128sum prints it
 
 
 # Which tensor is which parameter
@@ -425,7 +425,7 @@ def _contents(
 
 
 def _write_file(path: Any, chunks: Iterable[bytes | memoryview]) -> WrittenFile:
-    digest, size = xxhash.xxh3_128(), 0
+    digest, size = xxhash.xxh128(), 0
     with path.open("wb") as file:
         for chunk in chunks:
             digest.update(chunk)

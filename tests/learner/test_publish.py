@@ -12,6 +12,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+import xxhash
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -52,9 +53,12 @@ def test_a_publication_holds_the_weights_and_a_manifest_of_all_its_files(tmp_pat
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["version"] == 12
     assert manifest["digest"].startswith(done.label[4:])
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    del sizes["manifest.json"]
-    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == sizes
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    del contents["manifest.json"]
+    assert manifest["files"] == {
+        name: {"bytes": len(content), "xxh128": xxhash.xxh128_hexdigest(content)}
+        for name, content in contents.items()
+    }
     config = read_model_config(folder)
     assert config == MODEL
     loaded = hf.load_params(folder, config, make_layout(MeshConfig()))
@@ -272,7 +276,7 @@ def test_verify_names_what_is_damaged_or_missing(tmp_path: Path) -> None:
         verify(folder)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format": "other"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}"])
 def test_a_damaged_manifest_is_named(tmp_path: Path, damage: str) -> None:
     folder = Path(publisher(tmp_path).publish(weights(0), 0).path)
     (folder / "manifest.json").write_text(damage)
@@ -280,10 +284,18 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, damage: str) -> None:
         verify(folder)
 
 
+def test_a_publication_of_another_format_is_named(tmp_path: Path) -> None:
+    folder = Path(publisher(tmp_path).publish(weights(0), 0).path)
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": "weights 7"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PublishError, match=r"has the format 'weights 7', and this version reads"):
+        verify(folder)
+
+
 def test_a_manifest_that_was_changed_with_its_file_is_noticed(tmp_path: Path) -> None:
     folder = Path(publisher(tmp_path).publish(weights(0), 0).path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["config.json"]["xxh3"] = "0" * 32
+    manifest["files"]["config.json"]["xxh128"] = "0" * 32
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(PublishError, match=r"manifest.json is missing or damaged"):
         verify(folder)

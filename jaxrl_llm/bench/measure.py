@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 Contestant = Callable[[], object]
 """Does the work that is timed, and returns when the device has done it."""
@@ -42,8 +42,11 @@ def take_turns(
 ) -> Turns:
     """Warms every contestant up once, then lets all of them run once in each of `repeats` rounds.
 
+    Each round has an order of its own: what a contestant leaves behind (memory to be fetched anew,
+    other caches) would else slow down the same one in all of them.
+
     Args:
-      contestants: the function of each, in the order of a round.
+      contestants: the function of each.
       at_most: fewer rounds, the first ones, for contestants that are slow.
       clock: seconds.
     """
@@ -51,9 +54,19 @@ def take_turns(
         run()
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(repeats):
-        for name, run in contestants.items():
+        for name in _order(list(contestants), number):
             if number < (at_most or {}).get(name, repeats):
                 began = clock()
-                run()
+                contestants[name]()
                 taken[name].append(clock() - began)
     return Turns({name: tuple(seconds) for name, seconds in taken.items()})
+
+
+def _order(names: Sequence[str], number: int) -> list[str]:
+    """Of round `number`: in N rounds of an even number N, each follows each of the others once.
+
+    Williams 1949, "Experimental designs balanced for the estimation of residual effects".
+    """
+    steps = range(len(names))
+    zigzag = [(step + 1) // 2 * (1 if step % 2 else -1) for step in steps]  # 0, 1, -1, 2, -2, ...
+    return [names[(place + number) % len(names)] for place in zigzag]

@@ -1,5 +1,7 @@
 """Turns with a clock that the contestants move."""
 
+import itertools
+
 import pytest
 
 from jaxrl_llm.bench.measure import Turns, take_turns
@@ -27,8 +29,20 @@ def test_all_are_warmed_up_and_then_take_turns() -> None:
     clock = FakeClock()
     contestants = {"a": clock.contestant("a", 9, 1, 2), "b": clock.contestant("b", 8, 3, 4)}
     turns = take_turns(contestants, 2, clock=lambda: clock.now)
-    assert clock.calls == ["a", "b", "a", "b", "a", "b"]
+    assert clock.calls[:2] == ["a", "b"]
+    assert [set(clock.calls[2:4]), set(clock.calls[4:])] == [{"a", "b"}] * 2
     assert turns == Turns({"a": (1.0, 2.0), "b": (3.0, 4.0)})
+
+
+def test_each_follows_each_of_the_others_once() -> None:
+    names = "abcdef"
+    clock = FakeClock()
+    contestants = {name: clock.contestant(name, *[1.0] * 7) for name in names}
+    take_turns(contestants, 6, clock=lambda: clock.now)
+    rounds = [clock.calls[start : start + 6] for start in range(6, 42, 6)]
+    assert all(sorted(order) == list(names) for order in rounds)
+    pairs = [pair for order in rounds for pair in itertools.pairwise(order)]
+    assert sorted(pairs) == sorted(itertools.permutations(names, 2))
 
 
 def test_a_slow_contestant_takes_part_in_the_first_rounds_only() -> None:

@@ -42,8 +42,8 @@ def take_turns(
 ) -> Turns:
     """Warms every contestant up once, then lets all of them run once in each of `repeats` rounds.
 
-    Each round has an order of its own: what a contestant leaves behind (memory to be fetched anew,
-    other caches) would else slow down the same one in all of them.
+    Each round has an order of its own: a contestant's place changes its time, and would else do so
+    in every round alike.
 
     Args:
       contestants: the function of each.
@@ -63,10 +63,12 @@ def take_turns(
 
 
 def _order(names: Sequence[str], number: int) -> list[str]:
-    """Of round `number`: in N rounds of an even number N, each follows each of the others once.
+    """Of round `number`. Of an even number N, each follows each of the others once in N rounds; of an
+    odd number, whose every second round is turned around, twice in 2 N.
 
     Williams 1949, "Experimental designs balanced for the estimation of residual effects".
     """
     steps = range(len(names))
     zigzag = [(step + 1) // 2 * (1 if step % 2 else -1) for step in steps]  # 0, 1, -1, 2, -2, ...
-    return [names[(place + number) % len(names)] for place in zigzag]
+    order = [names[(place + number) % len(names)] for place in zigzag]
+    return order[::-1] if len(names) % 2 and number % 2 else order

@@ -34,15 +34,16 @@ def test_all_are_warmed_up_and_then_take_turns() -> None:
     assert turns == Turns({"a": (1.0, 2.0), "b": (3.0, 4.0)})
 
 
-def test_each_follows_each_of_the_others_once() -> None:
-    names = "abcdef"
-    clock = FakeClock()
-    contestants = {name: clock.contestant(name, *[1.0] * 7) for name in names}
-    take_turns(contestants, 6, clock=lambda: clock.now)
-    rounds = [clock.calls[start : start + 6] for start in range(6, 42, 6)]
+@pytest.mark.parametrize(("names", "times"), [("abcdef", 1), ("abcdefg", 2)])
+def test_each_follows_each_of_the_others_equally_often(names: str, times: int) -> None:
+    clock, size = FakeClock(), len(names)
+    contestants = {name: clock.contestant(name, *[1.0] * (1 + times * size)) for name in names}
+    take_turns(contestants, times * size, clock=lambda: clock.now)
+    starts = range(size, len(clock.calls), size)
+    rounds = [clock.calls[start : start + size] for start in starts]
     assert all(sorted(order) == list(names) for order in rounds)
     pairs = [pair for order in rounds for pair in itertools.pairwise(order)]
-    assert sorted(pairs) == sorted(itertools.permutations(names, 2))
+    assert sorted(pairs) == sorted([*itertools.permutations(names, 2)] * times)
 
 
 def test_a_slow_contestant_takes_part_in_the_first_rounds_only() -> None:

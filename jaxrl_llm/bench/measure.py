@@ -63,8 +63,8 @@ def take_turns(
 
 
 def _order(names: Sequence[str], number: int) -> list[str]:
-    """Of round `number`. Of an even number N, each follows each of the others once in N rounds; of an
-    odd number, whose every second round is turned around, twice in 2 N.
+    """Of round `number`: each follows each of the others equally often, an even number of
+    contestants in as many rounds, an odd one, every second round turned around, in twice as many.
 
     Williams 1949, "Experimental designs balanced for the estimation of residual effects".
     """
